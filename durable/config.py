@@ -1,0 +1,179 @@
+"""Settings: every one with its default, its unit and its meaning, checked when it is set.
+
+A setting is given to `Durable(...)`, to `app.conf.update(...)`, or as `DURABLE_<NAME>` in the environment (which loses
+to the first two). Times are seconds, sizes bytes. Changing settings after the app opened connections or started
+workers does not reach those.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from durable.errors import ConfigError
+from durable.validation import near, shown
+
+Check = Callable[[str, Any], Any]
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def _seconds(name: str, value: Any) -> float:
+    value = _number(name, value)
+    if not 0 < value <= 315_360_000:
+        raise ConfigError(f"{name} must be more than 0 seconds (and at most ten years), got {shown(value)}")
+    return value
+
+
+def _seconds_or_zero(name: str, value: Any) -> float:
+    return 0.0 if _number(name, value) == 0 else _seconds(name, value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {shown(value)}")
+    return float(value)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31 - 1:
+        raise ConfigError(f"{name} must be an integer from 1, got {shown(value)}")
+    return value
+
+
+def _auto_or_count(name: str, value: Any) -> int | None:
+    if value in (None, "auto"):
+        return None
+    try:
+        return _count(name, value)
+    except ConfigError:
+        raise ConfigError(f"{name} must be 'auto' or an integer from 1, got {shown(value)}") from None
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+        return value.lower() in _TRUE
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {shown(value)}")
+    return value
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(word, str) for word in value):
+        raise ConfigError(f"{name} must be a collection of names, got {shown(value)}")
+    return tuple(value)
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a name, got {shown(value)}")
+    return value
+
+
+def _word_or_none(name: str, value: Any) -> str | None:
+    return None if value in (None, "") else _word(name, value)
+
+
+def _day(name: str, value: Any) -> str:
+    if value != "day":
+        raise ConfigError(f"{name} must be 'day', got {shown(value)}")
+    return "day"
+
+
+def _setting(default: Any, check: Check, doc: str) -> Any:
+    return field(default=default, metadata={"check": check, "doc": doc})
+
+
+@dataclass
+class Config:
+    """All settings. Assigning one checks it; `update` checks several together."""
+
+    lease_ttl: float = _setting(20.0, _seconds, "seconds a worker process counts as alive after its last heartbeat")
+    heartbeat_interval: float = _setting(5.0, _seconds, "seconds between an agent's heartbeats")
+    reconcile_interval: float = _setting(15.0, _seconds, "seconds between a worker's checks for rows it owns unknowingly")
+    reaper_interval: float = _setting(5.0, _seconds, "seconds between searches for rows of dead workers")
+    reaper_grace: float = _setting(20.0, _seconds_or_zero, "seconds after a start of Postgres in which nothing is reaped")
+    poll_interval: float = _setting(1.0, _seconds, "seconds between an agent's idle queries, the floor under NOTIFY")
+    max_poll_interval: float = _setting(5.0, _seconds, "longest wait in seconds between tries to reach a database away")
+    gc_interval: float = _setting(60.0, _seconds, "seconds between sweeps of what retention no longer holds")
+    retention: float = _setting(86400.0, _seconds_or_zero, "seconds a finished instance is kept at least")
+    history_partition: str = _setting("day", _day, "span of one partition of the history")
+    drain_timeout: float = _setting(10.0, _seconds_or_zero, "seconds that running steps get to end at shutdown")
+    flush_batch: int = _setting(200, _count, "most outcomes in one commit")
+    flush_delay: float = _setting(0.002, _seconds_or_zero, "longest wait in seconds for more outcomes while steps run")
+    prefetch: int | None = _setting(None, _auto_or_count, "most rows in a worker's buffer; auto: some 30 ms of work")
+    min_demand: int | None = _setting(None, _auto_or_count, "least room in the buffer worth a claim; auto: half of it")
+    max_attempts: int = _setting(20, _count, "attempts a task gets unless it says otherwise")
+    max_crashes: int = _setting(3, _count, "worker deaths in one step after which the instance fails")
+    max_payload_bytes: int = _setting(1024 * 1024, _count, "largest payload in bytes, before compression")
+    beat_grace: float = _setting(30.0, _seconds_or_zero, "seconds without a beat after which agents take its duties")
+    accept_content: tuple[str, ...] = _setting(("json", "msgpack"), _words, "serializers whose payloads are loaded")
+    serializer: str = _setting("json", _word, "serializer of payloads, unless a task says otherwise")
+    compression: str | None = _setting(None, _word_or_none, "kombu compression of payloads from 1 KiB on")
+    reaper: bool = _setting(True, _flag, "whether agents and beats of this app reap dead workers")
+    gc: bool = _setting(True, _flag, "whether agents and beats of this app collect garbage")
+    pool_size: int = _setting(4, _count, "most connections of a producer process")
+    connect_timeout: float = _setting(10.0, _seconds, "seconds a producer waits for a connection")
+    listen_dsn: str | None = _setting(None, _word_or_none, "DSN for LISTEN when `dsn` leads through a pooler")
+    notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setting = type(self).__dataclass_fields__.get(name)
+        if setting is None:
+            raise ConfigError(f"unknown setting {name!r}{near(name, self.names())}")
+        object.__setattr__(self, name, setting.metadata["check"](name, value))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the name of every setting."""
+        return [setting.name for setting in fields(cls)]
+
+    @classmethod
+    def doc(cls, name: str) -> str:
+        """Return what a setting means and its unit."""
+        return str(cls.__dataclass_fields__[name].metadata["doc"])
+
+    def update(self, **values: Any) -> None:
+        """Set several settings; raises ConfigError, and changes nothing, when one of them or their sum is wrong."""
+        before = {name: getattr(self, name) for name in self.names()}
+        try:
+            for name, value in values.items():
+                setattr(self, name, value)
+            self._check_together()
+        except ConfigError:
+            for name, value in before.items():
+                object.__setattr__(self, name, value)
+            raise
+
+    def _check_together(self) -> None:
+        if self.lease_ttl <= 2 * self.heartbeat_interval:
+            raise ConfigError(
+                f"lease_ttl ({self.lease_ttl:g} s) must be more than twice heartbeat_interval "
+                f"({self.heartbeat_interval:g} s), or one lost heartbeat loses the lease"
+            )
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ, **values: Any) -> Config:
+        """Return settings from `DURABLE_*` variables, overridden by `values`. Raises ConfigError naming what is wrong."""
+        config = cls()
+        from_environment: dict[str, Any] = {}
+        for name in cls.names():
+            variable = f"DURABLE_{name.upper()}"
+            if variable in environ:
+                check: Check = cls.__dataclass_fields__[name].metadata["check"]
+                from_environment[name] = check(variable, environ[variable])
+        config.update(**{**from_environment, **values})
+        return config

@@ -1,0 +1,62 @@
+"""Where the database is: an explicit DSN, `DURABLE_DSN`, or the embedded server, in that order."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+from durable.embedded import Server
+from durable.errors import ConfigError
+
+VARIABLE = "DURABLE_DSN"
+
+
+class Database:
+    """Resolves the DSN once; for the embedded server each resolving also starts it again if it died.
+
+    explicit  what the app was given, or None
+    """
+
+    def __init__(self, explicit: str | None) -> None:
+        if explicit is not None:
+            check(explicit, "dsn")
+        self._explicit = explicit
+        self._server: Server | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether there is no DSN, so that the embedded server serves."""
+        return self._explicit is None and not os.environ.get(VARIABLE)
+
+    def dsn(self) -> str:
+        """Return the DSN; starts or joins the embedded server when there is none.
+
+        Raises ConfigError for a wrong `DURABLE_DSN`, EmbeddedServerError when the embedded server can't be had.
+        """
+        if self._explicit is not None:
+            return self._explicit
+        from_environment = os.environ.get(VARIABLE)
+        if from_environment:
+            return check(from_environment, VARIABLE)
+        with self._lock:
+            if self._server is None:
+                self._server = Server()
+            return self._server.ensure()
+
+
+def check(dsn: str, source: str) -> str:
+    """Return a DSN that names a Postgres database. Raises ConfigError, which never shows it: it may hold a password."""
+    scheme, separator, _ = dsn.partition("://")
+    if separator and scheme not in ("postgresql", "postgres"):
+        raise ConfigError(f"{source} must start with postgresql://, got {scheme}://...")
+    try:
+        parts = conninfo_to_dict(dsn)
+    except ProgrammingError:
+        raise ConfigError(f"{source} is no valid Postgres DSN (postgresql://user:password@host:port/database)") from None
+    if not parts:
+        raise ConfigError(f"{source} is empty; give postgresql://user:password@host:port/database")
+    return dsn

@@ -1,0 +1,298 @@
+"""AsyncResult: where an instance stands and what it returned.
+
+All waiters of a process share one watcher: a thread that asks for all waited-for ids in one statement, 1 ms after a
+wait begins, then at doubling distances up to 50 ms. It lives only while somebody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, Protocol, TypeVar
+
+from durable import validation
+from durable.context import current
+from durable.errors import (
+    DatabaseUnavailableError,
+    DurableError,
+    NotFoundError,
+    ResultTimeout,
+    TaskCancelled,
+    TaskFailed,
+)
+from durable.instance import TERMINAL, Snapshot
+
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+FIRST_POLL = 0.001
+LONGEST_POLL = 0.05
+MISSING_AFTER = 1.0
+"""Seconds after which an id that nobody inserted ends a wait; an uncommitted insert has that long to commit."""
+
+
+class ResultSource(Protocol):
+    """What an AsyncResult needs of the app."""
+
+    def fetch(self, instance_id: int) -> Snapshot | None: ...
+    async def afetch(self, instance_id: int) -> Snapshot | None: ...
+    def wait_for(self, instance_id: int) -> Future[Snapshot]: ...
+    def stop_waiting(self, instance_id: int, waiter: Future[Snapshot]) -> None: ...
+    def decode_result(self, snapshot: Snapshot) -> Any: ...
+    def cancel(self, target: int | str, reason: str | None = None) -> bool: ...
+    async def acancel(self, target: int | str, reason: str | None = None) -> bool: ...
+
+
+class AsyncResult(Generic[R]):
+    """A handle on one instance, by id. Reading costs a query each time until the instance is finished."""
+
+    def __init__(self, instance_id: int | None, source: ResultSource) -> None:
+        self._id = instance_id
+        self._source = source
+        self._final: Snapshot | None = None
+        self._missing: Callable[[], DurableError] | None = None
+
+    @property
+    def id(self) -> int:
+        """The instance's id. Inside `with app.batch()` it is known only after the block: DurableError until then."""
+        if self._id is None:
+            raise self._missing() if self._missing else DurableError("this result gets its id when its batch ends")
+        return self._id
+
+    def _settle(self, instance_id: int | None, missing: Callable[[], DurableError] | None = None) -> None:
+        self._id, self._missing = instance_id, missing
+
+    def _snapshot(self) -> Snapshot | None:
+        return self._final or self._keep(self._source.fetch(self.id))
+
+    def _keep(self, snapshot: Snapshot | None) -> Snapshot | None:
+        if snapshot is not None and snapshot.status in TERMINAL:
+            self._final = snapshot
+        return snapshot
+
+    @property
+    def status(self) -> str:
+        """The instance's status, or `not_found` for an id that never existed or is gone."""
+        snapshot = self._snapshot()
+        return "not_found" if snapshot is None else snapshot.status
+
+    def ready(self) -> bool:
+        """Whether it is finished: done, failed or cancelled."""
+        return self.status in TERMINAL
+
+    def successful(self) -> bool:
+        """Whether it ended `done`."""
+        return self.status == "done"
+
+    def failed(self) -> bool:
+        """Whether it ended `failed`."""
+        return self.status == "failed"
+
+    @property
+    def attempts(self) -> int:
+        """Executions that counted as attempts so far; crashes and hand-backs excluded. 0 when not found."""
+        snapshot = self._snapshot()
+        return 0 if snapshot is None else snapshot.version
+
+    @property
+    def result(self) -> Any:
+        """What it returned (for `Stop(reason)` the reason); None while it is not finished."""
+        snapshot = self._snapshot()
+        return None if snapshot is None or snapshot.status not in TERMINAL else self._source.decode_result(snapshot)
+
+    @property
+    def error(self) -> TaskFailed | None:
+        """The failure as an exception, not raised; None unless it ended failed or cancelled."""
+        snapshot = self._snapshot()
+        return None if snapshot is None else _failure(snapshot)
+
+    def get(self, timeout: float | None = None, propagate: bool = True, *, allow_in_step: bool = False) -> R:
+        """Wait until it is finished and return its result; calling it again is always safe.
+
+        timeout        seconds to wait; None for ever
+        propagate      False: return the result (None for most failures) instead of raising
+        allow_in_step  a step that waits for another holds its slot: refused unless asked for
+        Raises TaskFailed or its subclass TaskCancelled; ResultTimeout; NotFoundError for an id that does not exist.
+        """
+        _check_wait(allow_in_step)
+        seconds = validation.timeout(timeout)
+        if self._final is None:
+            waiter = self._source.wait_for(self.id)
+            try:
+                self._keep(waiter.result(seconds))
+            except TimeoutError:
+                raise self._timed_out(seconds) from None
+            finally:
+                self._source.stop_waiting(self.id, waiter)
+        return self._outcome(propagate)
+
+    async def aget(self, timeout: float | None = None, propagate: bool = True) -> R:
+        """`get` for coroutines."""
+        seconds = validation.timeout(timeout)
+        if self._final is None:
+            waiter = self._source.wait_for(self.id)
+            try:
+                self._keep(await asyncio.wait_for(asyncio.wrap_future(waiter), seconds))
+            except TimeoutError:
+                raise self._timed_out(seconds) from None
+            finally:
+                self._source.stop_waiting(self.id, waiter)
+        return self._outcome(propagate)
+
+    def _timed_out(self, seconds: float | None) -> ResultTimeout:
+        return ResultTimeout(f"instance {self.id} was not finished after {seconds:g} s; it goes on, ask again")
+
+    def _outcome(self, propagate: bool) -> R:
+        assert self._final is not None, "a wait ends with a finished snapshot"
+        failure = _failure(self._final)
+        if failure is not None and propagate:
+            raise failure
+        return self._source.decode_result(self._final)  # type: ignore[no-any-return]
+
+    async def astatus(self) -> str:
+        """`status` for coroutines."""
+        snapshot = self._final or self._keep(await self._source.afetch(self.id))
+        return "not_found" if snapshot is None else snapshot.status
+
+    def cancel(self, reason: str | None = None) -> bool:
+        """Cancel it: at once if it waits, else when its step ends. False when it is finished already."""
+        return self._source.cancel(self.id, reason)
+
+    async def acancel(self, reason: str | None = None) -> bool:
+        """`cancel` for coroutines."""
+        return await self._source.acancel(self.id, reason)
+
+    def __repr__(self) -> str:
+        return f"<AsyncResult {self._id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AsyncResult) and self._id == other._id and self._source is other._source
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+def _check_wait(allow_in_step: bool) -> None:
+    step = current()
+    if step is not None and not allow_in_step:
+        raise DurableError(
+            f"{step!r} waits for another instance while it holds a worker's slot: with every slot waiting, nothing "
+            "runs. Return and let the other one enqueue what comes next, or pass allow_in_step=True"
+        )
+
+
+def _failure(snapshot: Snapshot) -> TaskFailed | None:
+    if snapshot.status not in ("failed", "cancelled"):
+        return None
+    error = snapshot.error or {}
+    kind = TaskCancelled if snapshot.status == "cancelled" else TaskFailed
+    return kind(
+        snapshot.id, error.get("type", snapshot.status), error.get("message", ""), error.get("traceback") or ""
+    )
+
+
+class Watcher:
+    """The process's one poller for finished ids.
+
+    finished  asks the database which of these ids are finished
+    exists    tells whether an id is there at all
+    """
+
+    def __init__(
+        self, finished: Callable[[Sequence[int]], list[Snapshot]], exists: Callable[[int], Snapshot | None]
+    ) -> None:
+        self._finished = finished
+        self._exists = exists
+        self._wake = threading.Condition()
+        self._waiting: dict[int, list[tuple[Future[Snapshot], float]]] = {}
+        self._thread: threading.Thread | None = None
+        self._fresh = False
+
+    def wait_for(self, instance_id: int) -> Future[Snapshot]:
+        """Return a future of the finished snapshot."""
+        future: Future[Snapshot] = Future()
+        with self._wake:
+            self._waiting.setdefault(instance_id, []).append((future, time.monotonic()))
+            self._fresh = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="durable-results", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return future
+
+    def stop_waiting(self, instance_id: int, waiter: Future[Snapshot]) -> None:
+        """Forget a future."""
+        with self._wake:
+            left = [entry for entry in self._waiting.get(instance_id, ()) if entry[0] is not waiter]
+            if left:
+                self._waiting[instance_id] = left
+            else:
+                self._waiting.pop(instance_id, None)
+
+    def _watch(self) -> None:
+        pause = FIRST_POLL
+        while True:
+            with self._wake:
+                if self._fresh:
+                    pause, self._fresh = FIRST_POLL, False
+                if not self._waiting:
+                    self._wake.wait(5.0)
+                    if not self._waiting:
+                        self._thread = None
+                        return
+                    continue
+                if self._wake.wait(pause):
+                    continue  # a new waiter: start again at the shortest distance
+                ids = list(self._waiting)
+            pause = min(pause * 2, LONGEST_POLL)
+            try:
+                self._resolve(self._finished(ids))
+                self._fail_missing()
+            except DatabaseUnavailableError as error:
+                log.warning("results can't be read, waiting goes on", extra={"error": str(error)})
+                pause = 1.0
+            except Exception as error:
+                self._fail_all(error)
+
+    def _take(self, instance_id: int) -> list[Future[Snapshot]]:
+        with self._wake:
+            return [entry[0] for entry in self._waiting.pop(instance_id, ())]
+
+    def _resolve(self, snapshots: Sequence[Snapshot]) -> None:
+        for snapshot in snapshots:
+            for future in self._take(snapshot.id):
+                if future.set_running_or_notify_cancel():
+                    future.set_result(snapshot)
+
+    def _fail_missing(self) -> None:
+        """End waits for ids that were never inserted; looked at once per wait, after a grace."""
+        now = time.monotonic()
+        with self._wake:
+            old = [
+                instance_id
+                for instance_id, entries in self._waiting.items()
+                if any(MISSING_AFTER <= now - since < float("inf") for _, since in entries)
+            ]
+        for instance_id in old:
+            if self._exists(instance_id) is None:
+                self._fail(instance_id, NotFoundError(f"there is no instance {instance_id}"))
+            else:
+                with self._wake:
+                    entries = self._waiting.get(instance_id)
+                    if entries is not None:
+                        self._waiting[instance_id] = [(future, float("-inf")) for future, _ in entries]
+
+    def _fail(self, instance_id: int, error: Exception) -> None:
+        for future in self._take(instance_id):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._wake:
+            ids = list(self._waiting)
+        for instance_id in ids:
+            self._fail(instance_id, error)

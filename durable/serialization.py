@@ -1,0 +1,160 @@
+"""Payloads: Python values to bytes and back, through kombu's serializer and compression registries.
+
+The only importer of kombu. A payload's type is a serializer's name, or `serializer+compression`; the reader's
+`accept_content` decides what may be loaded, never the writer. JSON is checked before it is written, since
+`json.dumps` would quietly write NaN, lone surrogates, NUL and merged keys that Postgres or a reader then refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from kombu import compression as kombu_compression
+from kombu import serialization as kombu_serialization
+from kombu.utils import json as kombu_json
+
+from durable.errors import ConfigError, CorruptRowError, PayloadError, PayloadTooLargeError
+from durable.instance import Payload
+from durable.validation import near, shown
+
+# kombu builds a JSON encoder and a decoder per call; made once, the same two are four times faster.
+_json_encode = kombu_json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_json_decode = json.JSONDecoder(object_hook=kombu_json.object_hook).decode
+_plain_json_decode = json.JSONDecoder().decode
+
+MAX_DEPTH = 100
+COMPRESS_FROM = 1024
+"""Payloads shorter than this many bytes are never compressed: they would not get smaller."""
+
+
+class Codec:
+    """Encodes with one serializer, decodes what `accept_content` lists."""
+
+    def __init__(
+        self,
+        serializer: str = "json",
+        accept_content: Iterable[str] = ("json", "msgpack"),
+        compression: str | None = None,
+        max_bytes: int = 1024 * 1024,
+    ) -> None:
+        registry = kombu_serialization.registry
+        for name in (serializer, *accept_content):
+            if name not in registry.name_to_type:
+                raise ConfigError(f"unknown serializer {name!r}{near(name, registry.name_to_type)}")
+        if serializer not in set(accept_content):
+            raise ConfigError(f"serializer {serializer!r} is not in accept_content: workers would refuse its payloads")
+        if compression is not None:
+            try:
+                kombu_compression.get_encoder(compression)
+            except KeyError as error:
+                raise ConfigError(f"unknown compression {compression!r}; kombu has gzip, bzip2, lzma, zstd") from error
+        self.serializer = serializer
+        self.accept = frozenset(accept_content)
+        self.compression = compression
+        self.max_bytes = max_bytes
+        self._loaders = {name: registry.name_to_type[name] for name in self.accept}
+
+    def encode(self, value: Any, what: str = "payload", serializer: str | None = None) -> Payload:
+        """Return `value` as a payload.
+
+        Raises PayloadError naming the path of what can't be written, PayloadTooLargeError beyond `max_bytes`.
+        """
+        name = serializer or self.serializer
+        try:
+            if name == "json":
+                check_json(value, what)
+                body = _json_encode(value)
+            else:
+                _, _, body = kombu_serialization.dumps(value, serializer=name)
+        except PayloadError:
+            raise
+        except Exception as error:
+            raise PayloadError(
+                f"{what} can't be written as {name}: {_cause(error)}; pass plain data (for an ORM object its primary "
+                f"key), or register a codec with kombu"
+            ) from error
+        data = body.encode() if isinstance(body, str) else body
+        if len(data) > self.max_bytes:
+            raise PayloadTooLargeError(
+                f"{what} takes {len(data):,} bytes, more than max_payload_bytes = {self.max_bytes:,}; "
+                "store it elsewhere and pass a reference"
+            )
+        if self.compression is not None and len(data) >= COMPRESS_FROM:
+            packed, _ = kombu_compression.compress(data, self.compression)
+            return Payload(f"{name}+{self.compression}", packed)
+        return Payload(name, data)
+
+    def decode(self, type_name: str, body: bytes, what: str = "payload") -> Any:
+        """Return the value of a payload.
+
+        Raises CorruptRowError when its type is not accepted (it is then not loaded at all) or its bytes are not of it.
+        """
+        name, _, packing = type_name.partition("+")
+        content_type = self._loaders.get(name)
+        if content_type is None:
+            raise CorruptRowError(
+                f"{what} is {type_name!r}, which accept_content = {sorted(self.accept)} does not list; it was not loaded"
+            )
+        try:
+            data = kombu_compression.decompress(body, packing) if packing else body
+            if len(data) > self.max_bytes * 64:
+                raise ValueError(f"{len(data):,} bytes after decompression")
+            if name != "json":
+                return kombu_serialization.loads(data, content_type, "binary", accept={content_type})
+            # kombu marks the types JSON lacks with these two keys; without them nothing is to be restored.
+            typed = b'"__type__"' in data or b'"__bytes__"' in data
+            return (_json_decode if typed else _plain_json_decode)(data.decode())
+        except Exception as error:
+            raise CorruptRowError(f"{what} is not valid {type_name}: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """Return the innermost message: kombu wraps what a serializer raises."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def check_json(value: Any, path: str) -> None:
+    """Raise PayloadError, naming the path, for what JSON or Postgres can't carry or would change silently."""
+    _check(value, path, 0)
+
+
+def _check(value: Any, path: str, depth: int) -> None:
+    kind = type(value)
+    if kind is str:
+        _check_text(value, path)
+    elif value is None or kind is bool or kind is int:
+        pass
+    elif kind is float:
+        if not math.isfinite(value):
+            raise PayloadError(f"{path} is {value!r}; JSON can't carry it")
+    elif isinstance(value, dict):
+        if depth >= MAX_DEPTH:
+            raise PayloadError(f"{path[:80]}... is nested deeper than {MAX_DEPTH}, or contains itself")
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise PayloadError(f"{path} has the key {shown(key)}, which is not text; JSON would change it")
+            _check_text(key, f"a key of {path}")
+            _check(item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list | tuple):
+        if depth >= MAX_DEPTH:
+            raise PayloadError(f"{path[:80]}... is nested deeper than {MAX_DEPTH}, or contains itself")
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]", depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise PayloadError(f"{path} is {value!r}; JSON can't carry it")
+    elif isinstance(value, str):
+        _check_text(value, path)
+
+
+def _check_text(value: str, path: str) -> None:
+    if "\0" in value:
+        raise PayloadError(f"{path} holds a NUL character")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PayloadError(f"{path} is not valid Unicode (a lone surrogate; surrogateescape?)") from error

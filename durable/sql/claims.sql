@@ -1,0 +1,137 @@
+-- Claiming rows, giving them back, and committing outcomes. These are the hot statements: their sessions pin generic
+-- plans and index access (storage.pool.PINNED_PLANS), and each is one round trip whatever its size.
+
+-- name: claim
+-- Flip at most `limit` runnable rows of one queue to executing, best first, from a position in the pick order.
+-- Nothing is claimed unless the worker's own lease is live; the key share lock on it makes a reaper wait for us.
+-- A lost claim costs nothing (worker, token and version fence what follows), so its commit does not wait for the disk.
+-- Params: worker bigint, queue text, from_priority int, from_time timestamptz, to_priority int, unknown text[]
+--         ("name:version" of machines this worker does not know), limit bigint.
+-- Rows:   instance.Claimed. Locks: workers row FOR KEY SHARE; instances FOR NO KEY UPDATE SKIP LOCKED.
+WITH me AS MATERIALIZED (
+    SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
+    WHERE w.id = %(worker)s AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+    FOR KEY SHARE
+), picked AS MATERIALIZED (
+    SELECT i.ctid AS row FROM {schema}.instances AS i
+    WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0
+      AND (i.priority, i.eligible_at) >= (%(from_priority)s::smallint, %(from_time)s::timestamptz)
+      AND i.priority <= %(to_priority)s::smallint
+      AND (cardinality(%(unknown)s::text[]) = 0
+           OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
+      AND EXISTS (SELECT FROM me)
+    ORDER BY i.priority, i.eligible_at, i.id
+    LIMIT %(limit)s
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE {schema}.instances AS i
+SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = NULL
+FROM picked WHERE i.ctid = picked.row
+RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
+          i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
+          i.expires_at <= clock_timestamp(), i.queue;
+
+-- name: claim_suspect
+-- Claim one row that has a crash behind it, for a worker process that holds nothing else.
+-- Params: worker bigint, queue text, unknown text[]. Rows: instance.Claimed. Locks: as claim.
+WITH me AS MATERIALIZED (
+    SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
+    WHERE w.id = %(worker)s AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+    FOR KEY SHARE
+), picked AS MATERIALIZED (
+    SELECT i.ctid AS row FROM {schema}.instances AS i
+    WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes > 0
+      AND (cardinality(%(unknown)s::text[]) = 0
+           OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
+      AND EXISTS (SELECT FROM me)
+    ORDER BY i.priority, i.eligible_at, i.id
+    LIMIT 1
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE {schema}.instances AS i
+SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = NULL
+FROM picked WHERE i.ctid = picked.row
+RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
+          i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
+          i.expires_at <= clock_timestamp(), i.queue;
+
+-- name: held
+-- What a worker id holds. Params: worker bigint. Rows: id, token.
+SELECT id, token FROM {schema}.instances WHERE worker_id = %(worker)s AND status = 'executing';
+
+-- name: release
+-- Give claimed rows back unchanged (their place in the order included), or as cancelled if that was asked meanwhile.
+-- Params: worker bigint, ids bigint[] in order, tokens int[], reason text|null. Rows: id, queue, status.
+UPDATE {schema}.instances AS i
+SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE 'runnable' END::{schema}.status,
+    finished_at = CASE WHEN i.cancel_requested THEN clock_timestamp() END,
+    worker_id = NULL, reason = %(reason)s
+FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
+WHERE i.id = r.id AND i.worker_id = %(worker)s AND i.token = r.token AND i.status = 'executing'
+RETURNING i.id, i.queue, i.status::text;
+
+-- name: expire
+-- End claimed rows whose `expires` passed before they started.
+-- Params: worker bigint, ids bigint[] in order, tokens int[], error jsonb. Rows: id.
+UPDATE {schema}.instances AS i
+SET status = 'cancelled', finished_at = clock_timestamp(), worker_id = NULL, error = %(error)s
+FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
+WHERE i.id = r.id AND i.worker_id = %(worker)s AND i.token = r.token AND i.status = 'executing'
+RETURNING i.id;
+
+-- name: finish
+-- Commit terminal outcomes: each owned row moves to history; a requested cancel makes any of them `cancelled`.
+-- An outcome commits only where worker, token and version are those of the claim and the row is executing.
+-- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses, result_types, results, errors.
+-- Rows:   id of the committed ones; the others are stale.
+WITH outcome AS MATERIALIZED (
+    SELECT * FROM unnest(
+        %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(statuses)s::text[],
+        %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
+    ) AS o (id, token, version, status, result_type, result, error)
+), gone AS (
+    DELETE FROM {schema}.instances AS i USING outcome AS o
+    WHERE i.id = o.id AND i.worker_id = %(worker)s AND i.token = o.token AND i.version = o.version
+      AND i.status = 'executing'
+    RETURNING i.*, o.status AS o_status, o.result_type AS o_type, o.result AS o_result, o.error AS o_error
+)
+INSERT INTO {schema}.history
+    (id, eligible_at, created_at, finished_at, expires_at, worker_id, status, token, version, attempt,
+     machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
+     result_type, result, error, correlation_key, correlation_scope, reason)
+SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
+       CASE WHEN cancel_requested THEN 'cancelled' ELSE o_status END::{schema}.status, token, version + 1, attempt,
+       machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
+       CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
+       CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL
+FROM gone
+RETURNING id;
+
+-- name: advance
+-- Commit outcomes that keep their row: retries, and terminal outcomes of rows that keep a correlation key.
+-- Fenced as finish. A requested cancel makes any of them `cancelled`; archive then moves what may go.
+-- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses (runnable, scheduled, done,
+--         failed, cancelled), attempts, delays in seconds, result_types, results, errors.
+-- Rows:   id, status, queue of the committed ones; the others are stale.
+UPDATE {schema}.instances AS i
+SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{schema}.status,
+    worker_id = NULL, version = i.version + 1, attempt = o.attempt, crashes = 0,
+    eligible_at = CASE WHEN o.delay IS NULL THEN i.eligible_at
+                       ELSE clock_timestamp() + make_interval(secs => o.delay) END,
+    finished_at = CASE WHEN i.cancel_requested OR o.status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() END,
+    result_type = CASE WHEN NOT i.cancel_requested THEN o.result_type END,
+    result = CASE WHEN NOT i.cancel_requested THEN o.result END,
+    error = CASE WHEN i.cancel_requested THEN i.error ELSE o.error::jsonb END
+FROM unnest(
+    %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(statuses)s::text[], %(attempts)s::int[],
+    %(delays)s::float8[], %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
+) AS o (id, token, version, status, attempt, delay, result_type, result, error)
+WHERE i.id = o.id AND i.worker_id = %(worker)s AND i.token = o.token AND i.version = o.version
+  AND i.status = 'executing'
+RETURNING i.id, i.status::text, i.queue;
+
+-- name: committed
+-- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[]. Rows: id, token, version.
+SELECT id, token, version FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])
+UNION ALL
+SELECT id, token, version FROM {schema}.history WHERE id = ANY (%(ids)s::bigint[]);

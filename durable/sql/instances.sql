@@ -1,0 +1,168 @@
+-- Producing instances and reading them back.
+
+-- name: insert_one
+-- Insert one instance; no row comes back when its correlation key is occupied.
+-- Params: one scalar per column; delay and expires_in in seconds; at and expires_at as timestamps; scope as text[].
+-- Rows:   id.
+INSERT INTO {schema}.instances
+    (queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
+     max_attempts, correlation_key, correlation_scope)
+SELECT %(queue)s, %(priority)s, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
+       greatest(t.at, t.now), coalesce(%(expires_at)s, t.now + make_interval(secs => %(expires_in)s)),
+       %(machine)s, %(machine_version)s, %(step)s, %(state_type)s, %(state)b,
+       %(max_attempts)s, %(correlation_key)s, %(correlation_scope)s::text[]::{schema}.status[]
+FROM (SELECT n.now, coalesce(%(at)s, n.now + make_interval(secs => %(delay)s), n.now) AS at
+      FROM (SELECT clock_timestamp() AS now) AS n) AS t
+ON CONFLICT DO NOTHING
+RETURNING id;
+
+-- name: insert_many
+-- Insert a batch in key order, so that two batches with the same new keys cannot deadlock; duplicates are dropped.
+-- Params: one array per column, as in insert_one; scopes as comma separated text.
+-- Rows:   id, n: the inserted ones, n counting the input from 1.
+WITH input AS MATERIALIZED (
+    SELECT nextval('{schema}.instance_ids') AS id, u.*
+    FROM (
+        SELECT * FROM unnest(
+            %(queues)s::text[], %(priorities)s::int[], %(delays)s::float8[], %(ats)s::timestamptz[],
+            %(expires_ins)s::float8[], %(expires_ats)s::timestamptz[], %(machines)s::text[],
+            %(machine_versions)s::int[], %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[],
+            %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[]
+        ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
+                                state_type, state, max_attempts, correlation_key, correlation_scope, n)
+        ORDER BY a.correlation_key, a.n
+    ) AS u
+), inserted AS (
+    INSERT INTO {schema}.instances
+        (id, queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
+         max_attempts, correlation_key, correlation_scope)
+    SELECT i.id, i.queue, i.priority, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
+           greatest(t.at, t.now), coalesce(i.expires_at, t.now + make_interval(secs => i.expires_in)),
+           i.machine, i.machine_version, i.step, i.state_type, i.state, i.max_attempts, i.correlation_key,
+           string_to_array(i.correlation_scope, ',')::{schema}.status[]
+    FROM input AS i
+    CROSS JOIN LATERAL (SELECT s.now, coalesce(i.at, s.now + make_interval(secs => i.delay), s.now) AS at
+                        FROM (SELECT clock_timestamp() AS now) AS s) AS t
+    ON CONFLICT DO NOTHING
+    RETURNING id
+)
+SELECT input.id, input.n FROM input JOIN inserted USING (id);
+
+-- name: occupant
+-- Who occupies a correlation key.
+-- Params: key text. Rows: id.
+SELECT id FROM {schema}.instances
+WHERE correlation_key = %(key)s
+  AND CASE WHEN correlation_scope IS NULL THEN status NOT IN ('done', 'failed', 'cancelled')
+           ELSE status = ANY (correlation_scope) END;
+
+-- name: notify
+-- Wake the pickers of a queue. Runs after the commit that made rows runnable.
+-- Params: channel text, payload text.
+SELECT pg_notify(%(channel)s, %(payload)s);
+
+-- name: snapshot
+-- One instance's status and outcome, live or finished, in one statement.
+-- Params: ids bigint[]. Rows: result.Snapshot.
+SELECT id, status::text, result_type, result, error, version, machine, step, queue, cancel_requested
+FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])
+UNION ALL
+SELECT id, status::text, result_type, result, error, version, machine, step, queue, cancel_requested
+FROM {schema}.history
+WHERE id = ANY (%(ids)s::bigint[]) AND finished_at < statement_timestamp() + interval '1 hour';
+
+-- name: finished
+-- The finished ones among the waited-for ids. The upper bound prunes the partitions made ahead.
+-- Params: ids bigint[]. Rows: result.Snapshot.
+SELECT id, status::text, result_type, result, error, version, machine, step, queue, cancel_requested
+FROM {schema}.history
+WHERE id = ANY (%(ids)s::bigint[]) AND finished_at < statement_timestamp() + interval '1 hour'
+UNION ALL
+SELECT id, status::text, result_type, result, error, version, machine, step, queue, cancel_requested
+FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
+
+-- name: cancel
+-- Cancel a waiting instance at once, or ask the one that executes it; nothing when it is finished or unknown.
+-- Params: id bigint, error jsonb. Rows: id, status. Locks: the row, so an outcome that commits first wins.
+UPDATE {schema}.instances
+SET cancel_requested = true,
+    status = CASE WHEN status = 'executing' THEN status ELSE 'cancelled' END,
+    finished_at = CASE WHEN status = 'executing' THEN NULL ELSE clock_timestamp() END,
+    error = CASE WHEN status = 'executing' AND error IS NOT NULL THEN error ELSE %(error)s END,
+    reason = NULL
+WHERE id = %(id)s AND finished_at IS NULL
+RETURNING id, status::text;
+
+-- name: archive
+-- Move the finished ones among these rows to history, unless they keep a correlation key reserved.
+-- Runs in the transaction that finished them. Params: ids bigint[].
+WITH gone AS (
+    DELETE FROM {schema}.instances
+    WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL
+      AND (correlation_scope IS NULL OR status <> ALL (correlation_scope))
+    RETURNING *
+)
+INSERT INTO {schema}.history SELECT * FROM gone;
+
+-- name: show
+-- Everything about one instance, payloads as stored. Params: id bigint. Rows: every column.
+SELECT * FROM {schema}.instances WHERE id = %(id)s
+UNION ALL
+SELECT * FROM {schema}.history WHERE id = %(id)s;
+
+-- name: list
+-- Live and finished instances, newest first.
+-- Params: queue, status, machine text|null; before bigint|null (ids below it); limit bigint|null.
+SELECT id, queue, priority, status::text, machine, machine_version, step, attempt, crashes, version,
+       created_at, eligible_at, finished_at, correlation_key, error, reason
+FROM (SELECT * FROM {schema}.instances UNION ALL SELECT * FROM {schema}.history) AS every
+WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
+  AND (%(status)s::text IS NULL OR status = %(status)s::text::{schema}.status)
+  AND (%(machine)s::text IS NULL OR machine = %(machine)s)
+  AND (%(before)s::bigint IS NULL OR id < %(before)s)
+ORDER BY id DESC
+LIMIT %(limit)s;
+
+-- name: purge
+-- Delete waiting instances that never started. Params: queue text|null (all). Rows: id.
+DELETE FROM {schema}.instances
+WHERE status IN ('runnable', 'scheduled') AND version = 0
+  AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+RETURNING id;
+
+-- name: purgeable
+-- How many instances `purge` would delete. Params: queue text|null (all). Rows: count.
+SELECT count(*) FROM {schema}.instances
+WHERE status IN ('runnable', 'scheduled') AND version = 0
+  AND (%(queue)s::text IS NULL OR queue = %(queue)s);
+
+-- name: queues
+-- Each queue's live counts and the age of its oldest runnable instance in seconds.
+SELECT q.queue, coalesce(i.runnable, 0), coalesce(i.scheduled, 0), coalesce(i.executing, 0), coalesce(i.awaiting, 0),
+       i.oldest, coalesce(w.workers, 0)
+FROM (SELECT queue FROM {schema}.instances
+      UNION SELECT queue FROM {schema}.workers
+      WHERE kind = 'worker' AND dead_at IS NULL AND queue IS NOT NULL) AS q
+LEFT JOIN (
+    SELECT queue, count(*) FILTER (WHERE status = 'runnable') AS runnable,
+           count(*) FILTER (WHERE status = 'scheduled') AS scheduled,
+           count(*) FILTER (WHERE status = 'executing') AS executing,
+           count(*) FILTER (WHERE status IN ('awaiting_signal', 'awaiting_children')) AS awaiting,
+           extract(epoch FROM clock_timestamp() - min(eligible_at) FILTER (WHERE status = 'runnable'))::float8 AS oldest
+    FROM {schema}.instances GROUP BY queue) AS i USING (queue)
+LEFT JOIN (
+    SELECT queue, count(*) AS workers FROM {schema}.workers
+    WHERE kind = 'worker' AND dead_at IS NULL AND expires_at > clock_timestamp() GROUP BY queue) AS w USING (queue)
+ORDER BY q.queue;
+
+-- name: totals
+-- Live and finished instances by status. Rows: status, count.
+SELECT status::text, count(*)
+FROM (SELECT status FROM {schema}.instances UNION ALL SELECT status FROM {schema}.history) AS every
+GROUP BY status ORDER BY status;
+
+-- name: recent_failures
+-- The latest failures. Params: limit bigint. Rows: id, machine, finished_at, error.
+SELECT id, machine, finished_at, error FROM {schema}.history
+WHERE status = 'failed' AND finished_at > clock_timestamp() - interval '1 day'
+ORDER BY finished_at DESC LIMIT %(limit)s;

@@ -1,0 +1,89 @@
+-- Leases of worker processes and beats, and what happens to the rows of those that die.
+
+-- name: register
+-- A new lease. Params: kind, name, host, boot_id, process_start, queue text; pid, slots int; ttl float8. Rows: id.
+INSERT INTO {schema}.workers (kind, name, host, boot_id, pid, process_start, queue, slots, expires_at)
+VALUES (%(kind)s, %(name)s, %(host)s, %(boot_id)s, %(pid)s, %(process_start)s, %(queue)s, %(slots)s,
+        clock_timestamp() + make_interval(secs => %(ttl)s))
+RETURNING id;
+
+-- name: heartbeat
+-- Extend the leases that are still alive; one that is missing in the answer is dead for ever.
+-- Params: ids bigint[], ttl float8. Rows: id. Locks: workers, in id order.
+WITH mine AS (
+    SELECT id FROM {schema}.workers WHERE id = ANY (%(ids)s::bigint[]) AND dead_at IS NULL
+    ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE {schema}.workers AS w
+SET heartbeat_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => %(ttl)s)
+FROM mine WHERE w.id = mine.id AND set_config('synchronous_commit', 'off', true) IS NOT NULL
+RETURNING w.id;
+
+-- name: bury
+-- Mark leases dead, waiting for claims in progress. Params: ids bigint[]. Rows: id. Locks: workers FOR UPDATE.
+WITH dying AS (
+    SELECT id FROM {schema}.workers WHERE id = ANY (%(ids)s::bigint[]) AND dead_at IS NULL ORDER BY id FOR UPDATE
+)
+UPDATE {schema}.workers AS w SET dead_at = clock_timestamp() FROM dying WHERE w.id = dying.id
+RETURNING w.id;
+
+-- name: bury_expired
+-- The reaper's first half: mark leases dead that expired while the reaper itself was connected, and not within the
+-- grace after Postgres started. A claim in progress holds its row: it is met at the next turn.
+-- Params: connected_since timestamptz, ttl float8, grace float8. Rows: id, kind, name, host, pid.
+WITH expired AS (
+    SELECT id FROM {schema}.workers
+    WHERE dead_at IS NULL AND expires_at < clock_timestamp()
+      AND greatest(expires_at, %(connected_since)s::timestamptz + make_interval(secs => %(ttl)s)) < clock_timestamp()
+      AND pg_postmaster_start_time() + make_interval(secs => %(grace)s) < clock_timestamp()
+    ORDER BY id FOR UPDATE SKIP LOCKED
+)
+UPDATE {schema}.workers AS w SET dead_at = clock_timestamp() FROM expired WHERE w.id = expired.id
+RETURNING w.id, w.kind, w.name, w.host, w.pid;
+
+-- name: orphaned
+-- Worker ids that still hold rows although their lease is dead or gone. Rows: worker_id, what to say of it.
+SELECT DISTINCT i.worker_id,
+       CASE WHEN w.id IS NULL THEN 'unknown worker process'
+            ELSE 'worker process ' || w.pid || ' of ' || w.name || ' on ' || w.host END
+FROM {schema}.instances AS i LEFT JOIN {schema}.workers AS w ON w.id = i.worker_id
+WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
+
+-- name: reclaim
+-- Take back every row of a dead worker. Rows that it had entered count a crash; at `max_crashes` they fail.
+-- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
+-- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
+--         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed.
+WITH taken AS MATERIALIZED (
+    SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AS crashed
+    FROM {schema}.instances AS i
+    LEFT JOIN unnest(%(entered_ids)s::bigint[], %(entered_tokens)s::int[]) AS e (id, token)
+           ON e.id = i.id AND e.token = i.token
+    WHERE i.worker_id = %(worker)s AND i.status = 'executing'
+    ORDER BY i.id
+    FOR NO KEY UPDATE OF i SKIP LOCKED
+), judged AS MATERIALIZED (
+    SELECT t.row, t.crashed, i.cancel_requested AS cancelled,
+           t.crashed AND i.crashes + 1 >= %(max_crashes)s AS lost
+    FROM taken AS t JOIN {schema}.instances AS i ON i.ctid = t.row
+)
+UPDATE {schema}.instances AS i
+SET status = CASE WHEN j.cancelled THEN 'cancelled' WHEN j.lost THEN 'failed' ELSE 'runnable' END::{schema}.status,
+    finished_at = CASE WHEN j.cancelled OR j.lost THEN clock_timestamp() END,
+    error = CASE WHEN j.cancelled THEN i.error WHEN j.lost THEN %(error)s ELSE i.error END,
+    crashes = i.crashes + j.crashed::int, worker_id = NULL
+FROM judged AS j WHERE i.ctid = j.row
+RETURNING i.id, i.queue, i.status::text, j.crashed;
+
+-- name: predecessors
+-- Live leases of this host and boot, to be compared with the processes that exist.
+-- Params: host, boot_id text. Rows: id, pid, process_start, name.
+SELECT id, pid, process_start, name FROM {schema}.workers
+WHERE host = %(host)s AND boot_id = %(boot_id)s AND dead_at IS NULL;
+
+-- name: workers
+-- Worker processes and beats with a live lease. Rows: id .. busy.
+SELECT w.id, w.kind, w.name, w.host, w.pid, w.queue, w.slots, w.started_at, w.heartbeat_at, w.expires_at,
+       w.expires_at > clock_timestamp(),
+       (SELECT count(*) FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
+FROM {schema}.workers AS w WHERE w.dead_at IS NULL ORDER BY w.kind, w.name, w.id;

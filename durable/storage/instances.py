@@ -1,0 +1,125 @@
+"""Inserting instances, reading them back, cancelling and listing them. SQL in sql/instances.sql."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from durable.errors import DuplicateError
+from durable.instance import NewInstance, Snapshot
+from durable.storage.arrays import (
+    ByteaArray,
+    Float8Array,
+    Int4Array,
+    Int8Array,
+    TextArray,
+    TimestampArray,
+)
+from durable.storage.session import Operation, Row
+
+INSERT_CHUNK = 5000
+"""Rows of one insert statement; larger batches take several in one transaction."""
+
+
+def insert(new: NewInstance) -> Operation[int]:
+    """Insert one instance and return its id. Raises DuplicateError; the caller's transaction stays usable."""
+    rows = yield (
+        "insert_one",
+        {
+            "queue": new.queue,
+            "priority": new.priority,
+            "delay": new.delay,
+            "at": new.at,
+            "expires_in": new.expires_in,
+            "expires_at": new.expires_at,
+            "machine": new.machine,
+            "machine_version": new.machine_version,
+            "step": new.step,
+            "state_type": new.state.type,
+            "state": new.state.body,
+            "max_attempts": new.max_attempts,
+            "correlation_key": new.correlation_key,
+            "correlation_scope": None if new.correlation_scope is None else list(new.correlation_scope),
+        },
+    )
+    if rows:
+        return int(rows[0][0])
+    assert new.correlation_key is not None, "only a correlation key can conflict"
+    occupants = yield "occupant", {"key": new.correlation_key}
+    raise DuplicateError(new.correlation_key, occupants[0][0] if occupants else None)
+
+
+def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
+    """Insert a batch; return an id per row in the given order, None where the key was occupied.
+
+    Beyond INSERT_CHUNK rows the caller provides the transaction that makes the chunks one. All chunks go in key
+    order, so that two batches with the same new keys cannot deadlock.
+    """
+    ids: list[int | None] = [None] * len(batch)
+    order = sorted(range(len(batch)), key=lambda n: (batch[n].correlation_key or "", n))
+    for start in range(0, len(order), INSERT_CHUNK):
+        chunk = order[start : start + INSERT_CHUNK]
+        rows = yield "insert_many", _columns([batch[n] for n in chunk])
+        for instance_id, n in rows:
+            ids[chunk[n - 1]] = instance_id
+    return ids
+
+
+def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
+    return {
+        "queues": TextArray([new.queue for new in batch]),
+        "priorities": Int4Array([new.priority for new in batch]),
+        "delays": Float8Array([new.delay for new in batch]),
+        "ats": TimestampArray([new.at for new in batch]),
+        "expires_ins": Float8Array([new.expires_in for new in batch]),
+        "expires_ats": TimestampArray([new.expires_at for new in batch]),
+        "machines": TextArray([new.machine for new in batch]),
+        "machine_versions": Int4Array([new.machine_version for new in batch]),
+        "steps": TextArray([new.step for new in batch]),
+        "state_types": TextArray([new.state.type for new in batch]),
+        "states": ByteaArray([new.state.body for new in batch]),
+        "max_attempts": Int4Array([new.max_attempts for new in batch]),
+        "correlation_keys": TextArray([new.correlation_key for new in batch]),
+        "correlation_scopes": TextArray(
+            [None if new.correlation_scope is None else ",".join(new.correlation_scope) for new in batch]
+        ),
+    }
+
+
+def snapshot(instance_id: int) -> Operation[Snapshot | None]:
+    """Return where an instance stands, or None if there is none of that id."""
+    rows = yield "snapshot", {"ids": Int8Array([instance_id])}
+    return Snapshot(*rows[0]) if rows else None
+
+
+def finished(ids: Sequence[int]) -> Operation[list[Snapshot]]:
+    """Return those of `ids` that are finished."""
+    rows = yield "finished", {"ids": Int8Array(ids)}
+    return [Snapshot(*row) for row in rows]
+
+
+def occupant(correlation_key: str) -> Operation[int | None]:
+    """Return the id of the instance that occupies a correlation key."""
+    rows = yield "occupant", {"key": correlation_key}
+    return int(rows[0][0]) if rows else None
+
+
+def cancel(instance_id: int, reason: str) -> Operation[bool]:
+    """Cancel a waiting instance, or ask an executing one; False when it is finished or unknown. Needs a transaction."""
+    rows = yield "cancel", {"id": instance_id, "error": Jsonb({"type": "Cancelled", "message": reason})}
+    if not rows:
+        return False
+    if rows[0][1] == "cancelled":
+        yield "archive", {"ids": Int8Array([instance_id])}
+    return True
+
+
+def listing(
+    queue: str | None, status: str | None, machine: str | None, limit: int | None, before: int | None = None
+) -> Operation[list[Row]]:
+    """Return instances newest first; `limit` None for all."""
+    return (
+        yield "list", {"queue": queue, "status": status, "machine": machine, "before": before, "limit": limit}
+    )

@@ -1,0 +1,68 @@
+"""What agents and beats do on a clock: probing, promoting what is due, sweeping. SQL in sql/maintenance.sql."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from durable.storage.arrays import Int8Array, TextArray
+from durable.storage.session import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """waiting: runnable rows per queue, no more than asked for; due, expired: whether there is work for a reaper."""
+
+    waiting: dict[str, int]
+    due: bool
+    expired: bool
+
+
+def probe(idle: Mapping[str, int], known: Sequence[str]) -> Operation[Probe]:
+    """Look for work in the queues of `idle` (queue -> idle children), of machines in `known` ("name:version")."""
+    rows = yield (
+        "probe",
+        {
+            "queues": TextArray(list(idle)),
+            "idle": Int8Array(list(idle.values())),
+            "known": TextArray(known),
+        },
+    )
+    return Probe({row[0]: row[1] for row in rows}, any(row[2] for row in rows), any(row[3] for row in rows))
+
+
+def promote(limit: int = 1000) -> Operation[dict[str, int]]:
+    """Make at most `limit` due rows runnable; return how many per queue."""
+    rows = yield "promote", {"limit": limit}
+    return {row[0]: row[1] for row in rows}
+
+
+def next_due() -> Operation[float | None]:
+    """Return seconds until the next scheduled row is due (negative: overdue), None when there is none."""
+    rows = yield "next_due", {}
+    return None if rows[0][0] is None else float(rows[0][0])
+
+
+def take_duty(name: str, interval: float) -> Operation[bool]:
+    """Claim a duty that has not run for `interval` seconds; False when another process has it, or it is not due."""
+    rows = yield "take_duty", {"name": name, "interval": interval}
+    return bool(rows)
+
+
+def sweep_kept(retention: float, limit: int = 1000) -> Operation[int]:
+    """Delete finished rows that reserved their key for `retention` seconds; return how many."""
+    rows = yield "sweep_kept", {"retention": retention, "limit": limit}
+    return len(rows)
+
+
+def sweep_workers() -> Operation[int]:
+    """Forget leases dead for an hour; return how many."""
+    rows = yield "sweep_workers", {}
+    return len(rows)
+
+
+def now() -> Operation[datetime]:
+    """Return the database's clock."""
+    rows = yield "now", {}
+    return rows[0][0]  # type: ignore[no-any-return]

@@ -1,0 +1,136 @@
+"""Creating and upgrading the schema.
+
+`sql/migrations/NNNN_words.sql`, forward only. All that are missing are applied in one transaction under an advisory
+lock; each leaves its number and checksum in `migrations`. A released file never changes. A file's head says
+`-- breaking: yes` when older workers can't run on what it makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from psycopg import sql
+
+from durable.errors import SchemaError
+from durable.sql import Statements
+from durable.storage import partitions
+from durable.storage.session import Connection
+
+_FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file of sql/migrations."""
+
+    id: int
+    name: str
+    text: str
+    breaking: bool
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the text, in hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@cache
+def known() -> tuple[Migration, ...]:
+    """Return every migration this code has, oldest first."""
+    found = []
+    for file in files("durable.sql.migrations").iterdir():
+        match = _FILE.fullmatch(file.name)
+        if match:
+            text = file.read_text(encoding="utf-8")
+            found.append(Migration(int(match[1]), match[2], text, "-- breaking: yes" in text))
+    return tuple(sorted(found, key=lambda migration: migration.id))
+
+
+def applied(connection: Connection, schema: str) -> dict[int, tuple[str, bool]]:
+    """Return id -> (checksum, breaking) of the migrations the database has; empty when the schema isn't there."""
+    table = sql.Identifier(schema, "migrations").as_string(connection)
+    there = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (table,)).fetchone()
+    if there is None or not there[0]:
+        return {}
+    rows = connection.execute(
+        sql.SQL("SELECT id, checksum, breaking FROM {}").format(sql.Identifier(schema, "migrations"))
+    ).fetchall()
+    return {row[0]: (row[1], row[2]) for row in rows}
+
+
+def pending(connection: Connection, schema: str) -> list[Migration]:
+    """Return the migrations the database lacks."""
+    have = applied(connection, schema)
+    return [migration for migration in known() if migration.id not in have]
+
+
+def script(schema: str) -> str:
+    """Return the whole schema as SQL text, for people who apply it by hand."""
+    statements = Statements(schema)
+    parts = ["BEGIN;", statements.render(_HEAD)]
+    for migration in known():
+        parts.append(statements.render(migration.text))
+        parts.append(statements.render(_record(migration)))
+    return "\n".join([*parts, "COMMIT;", "-- `durable migrate` also makes the history's partitions, 14 days ahead."])
+
+
+_HEAD = """CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE TABLE IF NOT EXISTS {schema}.migrations (
+    id integer PRIMARY KEY,
+    name text NOT NULL,
+    checksum text NOT NULL,
+    breaking boolean NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);"""
+
+
+def _record(migration: Migration) -> str:
+    return (
+        "INSERT INTO {schema}.migrations (id, name, checksum, breaking) "
+        f"VALUES ({migration.id}, '{migration.name}', '{migration.checksum}', {str(migration.breaking).lower()});"
+    )
+
+
+def migrate(connection: Connection, schema: str) -> list[Migration]:
+    """Bring the schema to this code's version, partitions included; return what was applied.
+
+    Any number of processes may call it at once: one does the work, the others find it done. Raises SchemaError when
+    an applied migration differs from this code's.
+    """
+    statements = Statements(schema)
+    with connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s), 10)", (f"durable.{schema}",))
+        have = applied(connection, schema)
+        for migration in known():
+            if migration.id in have and have[migration.id][0] != migration.checksum:
+                raise SchemaError(
+                    f"migration {migration.id} of schema {schema!r} was applied with another text than this code has; "
+                    "the code and the database are of different builds"
+                )
+        missing = [migration for migration in known() if migration.id not in have]
+        if missing:
+            connection.execute(statements.render(_HEAD).encode())
+        for migration in missing:
+            connection.execute(statements.render(migration.text).encode())
+            connection.execute(statements.render(_record(migration)).encode())
+    partitions.ensure(connection, statements)
+    return missing
+
+
+def check(connection: Connection, schema: str) -> str | None:
+    """Raise SchemaError unless this code can run on the schema; return a warning when the schema is newer."""
+    have = applied(connection, schema)
+    if not have:
+        raise SchemaError(f"schema {schema!r} isn't there; run `durable migrate`")
+    missing = [migration.id for migration in known() if migration.id not in have]
+    if missing:
+        raise SchemaError(f"schema {schema!r} lacks migration {missing[0]}; run `durable migrate`")
+    newest = known()[-1].id
+    newer = {number: breaking for number, (_, breaking) in have.items() if number > newest}
+    if any(newer.values()):
+        raise SchemaError(f"this code is older than schema {schema!r} ({newest} < {max(newer)}); upgrade the code")
+    return f"schema {schema!r} is newer than this code ({max(newer)} > {newest}), harmlessly" if newer else None

@@ -1,0 +1,103 @@
+"""The history's partitions: one table per UTC day, made ahead, dropped when retention has passed.
+
+There is no default partition: a row for a day without one is refused (23514), and whoever meets that makes the
+partition and repeats. A partition is made as a stand-alone table and attached, since `CREATE ... PARTITION OF` takes
+ACCESS EXCLUSIVE on the parent. All of it runs with a short lock_timeout: a waiting DDL statement would block every
+flush behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+
+import psycopg
+from psycopg import errors as pg_errors
+from psycopg import sql
+
+from durable.sql import Statements
+from durable.storage import maintenance
+from durable.storage.session import Connection, execute, run
+
+log = logging.getLogger(__name__)
+
+AHEAD_DAYS = 14
+LOCK_TIMEOUT = "100ms"
+_NAME = re.compile(r"history_(\d{8})")
+
+
+def _days(connection: Connection, statements: Statements) -> set[date]:
+    parent = sql.Identifier(statements.schema, "history").as_string(connection)
+    names = [row[0] for row in execute(connection, statements, "partitions", {"parent": parent})]
+    return {datetime.strptime(match[1], "%Y%m%d").date() for name in names if (match := _NAME.fullmatch(name))}
+
+
+def ensure(connection: Connection, statements: Statements, ahead_days: int = AHEAD_DAYS) -> int:
+    """Make the partitions from yesterday to `ahead_days` from now that are missing; return how many were made.
+
+    Raises psycopg.Error; a lock that isn't free within 100 ms leaves the rest for the next call.
+    """
+    today = run(connection, statements, maintenance.now()).astimezone(UTC).date()
+    wanted = {today + timedelta(days=offset) for offset in range(-1, ahead_days + 1)}
+    missing = sorted(wanted - _days(connection, statements))
+    made = 0
+    for day in missing:
+        made += _locked(connection, statements, lambda day=day: _create(connection, statements, day))  # type: ignore[misc]
+    return made
+
+
+def drop_before(connection: Connection, statements: Statements, retention: float) -> list[str]:
+    """Drop partitions whose every row is older than `retention` seconds; return their names."""
+    now = run(connection, statements, maintenance.now()).astimezone(UTC)
+    dropped: list[str] = []
+    for day in sorted(_days(connection, statements)):
+        ends = datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1)
+        if ends + timedelta(seconds=retention) > now:
+            break
+        if _locked(connection, statements, lambda day=day: _drop(connection, statements, day)):  # type: ignore[misc]
+            dropped.append(_table(day))
+    return dropped
+
+
+def _locked(connection: Connection, statements: Statements, action: Callable[[], None]) -> bool:
+    """Run DDL in its own transaction, one process at a time; False when a lock was not free in time."""
+    try:
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+            connection.execute(
+                "SELECT pg_advisory_xact_lock(hashtext(%s), 20)", (f"durable.{statements.schema}",), prepare=False
+            )
+            action()
+    except pg_errors.LockNotAvailable:
+        log.info("a partition's lock was busy; it is tried again at the next turn")
+        return False
+    except (pg_errors.DuplicateTable, pg_errors.UndefinedTable):
+        return False  # another process did the same a moment before
+    except psycopg.errors.InvalidTableDefinition:
+        return False  # likewise: already attached
+    return True
+
+
+def _table(day: date) -> str:
+    return f"history_{day:%Y%m%d}"
+
+
+def _create(connection: Connection, statements: Statements, day: date) -> None:
+    parent, child = sql.Identifier(statements.schema, "history"), sql.Identifier(statements.schema, _table(day))
+    start, end = (f"{when.isoformat()} 00:00:00+00" for when in (day, day + timedelta(days=1)))
+    connection.execute(
+        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING COMMENTS, CHECK (finished_at >= {} AND finished_at < {}))").format(
+            child, parent, sql.Literal(start), sql.Literal(end)
+        )
+    )
+    connection.execute(
+        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
+            parent, child, sql.Literal(start), sql.Literal(end)
+        )
+    )
+
+
+def _drop(connection: Connection, statements: Statements, day: date) -> None:
+    connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(statements.schema, _table(day))))

@@ -1,0 +1,169 @@
+"""A producer process's connections: one lazy pool per process for sync calls, one per event loop for async ones.
+
+Safe across fork: a child forgets the pools it inherited (without closing them, the sockets are the parent's) and
+opens its own at first use, so that an app imported before gunicorn forks just works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+import psycopg_pool
+
+from durable.errors import DatabaseUnavailableError
+from durable.storage import arrays
+from durable.storage.session import AsyncConnection, Connection, connection_defaults, describe, translated
+
+_pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
+_inherited: list[Any] = []  # kept for ever: closing or collecting them would speak on the parent's sockets
+
+
+class ProducerPool:
+    """Connections for producers, opened when first needed.
+
+    dsn   called for each new connection (and so may restart an embedded server)
+    size  most connections per process, and per event loop
+    """
+
+    def __init__(self, dsn: Callable[[], str], schema: str, name: str, size: int, timeout: float) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._size = size
+        self._timeout = timeout
+        self._kwargs = {
+            "autocommit": True,
+            "application_name": f"durable {name}"[:60],
+            **connection_defaults(timeout),
+        }
+        self._lock = threading.Lock()
+        self._sync: psycopg_pool.ConnectionPool[Connection] | None = None
+        self._async: dict[int, tuple[weakref.ref[Any], psycopg_pool.AsyncConnectionPool[AsyncConnection]]] = {}
+        _pools.add(self)
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Lend an autocommit connection. Raises DatabaseUnavailableError when none is to be had in time."""
+        pool = self._sync or self._open()
+        with translated(self._schema):
+            try:
+                connection = pool.getconn(timeout=self._timeout)
+            except psycopg_pool.PoolTimeout as error:
+                raise self._unavailable() from error
+            try:
+                yield connection
+            finally:
+                pool.putconn(connection)
+
+    @asynccontextmanager
+    async def aconnection(self) -> AsyncIterator[AsyncConnection]:
+        """Lend an async connection of this event loop's pool; as `connection`."""
+        pool = await self._aopen()
+        with translated(self._schema):
+            try:
+                connection = await pool.getconn(timeout=self._timeout)
+            except psycopg_pool.PoolTimeout as error:
+                raise (await asyncio.to_thread(self._unavailable)) from error
+            try:
+                yield connection
+            finally:
+                await pool.putconn(connection)
+
+    def _unavailable(self) -> DatabaseUnavailableError:
+        """Ask the database why, once: a pool's timeout does not say it."""
+        try:
+            psycopg.connect(self._dsn(), **self._kwargs).close()
+        except psycopg.Error as error:
+            return DatabaseUnavailableError(f"the database can't be reached: {describe(error)}")
+        return DatabaseUnavailableError(
+            f"no connection came free within connect_timeout = {self._timeout:g} s; pool_size = {self._size}"
+        )
+
+    def _open(self) -> psycopg_pool.ConnectionPool[Connection]:
+        with self._lock:
+            if self._sync is None:
+                self._sync = psycopg_pool.ConnectionPool(
+                    self._dsn,
+                    kwargs=self._kwargs,
+                    min_size=1,
+                    max_size=self._size,
+                    configure=lambda connection: arrays.register(connection.adapters),
+                    check=_check,
+                    reconnect_timeout=self._timeout,
+                    name="durable",
+                    open=True,
+                )
+            return self._sync
+
+    async def _aopen(self) -> psycopg_pool.AsyncConnectionPool[AsyncConnection]:
+        loop = asyncio.get_running_loop()
+        known = self._async.get(id(loop))
+        if known is not None and known[0]() is loop:
+            return known[1]
+
+        async def configure(connection: AsyncConnection) -> None:
+            arrays.register(connection.adapters)
+
+        async def dsn() -> str:
+            return await asyncio.to_thread(self._dsn)
+
+        pool: psycopg_pool.AsyncConnectionPool[AsyncConnection] = psycopg_pool.AsyncConnectionPool(
+            dsn,
+            kwargs=self._kwargs,
+            min_size=1,
+            max_size=self._size,
+            configure=configure,
+            reconnect_timeout=self._timeout,
+            name="durable-async",
+            open=False,
+        )
+        self._async[id(loop)] = (weakref.ref(loop), pool)
+        await pool.open()
+        return pool
+
+    def close(self) -> None:
+        """Close the sync connections of this process; using the pool again opens new ones."""
+        with self._lock:
+            if self._sync is not None:
+                self._sync.close()
+                self._sync = None
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections."""
+        known = self._async.pop(id(asyncio.get_running_loop()), None)
+        if known is not None:
+            await known[1].close()
+
+    def forget(self) -> None:
+        """In a forked child: start afresh, and never touch the parent's connections."""
+        _inherited.append((self._sync, self._async))
+        self._lock = threading.Lock()
+        self._sync = None
+        self._async = {}
+
+
+def _check(connection: Connection) -> None:
+    """Raise OperationalError for a connection that died while idle.
+
+    An idle connection has nothing to read; one that has is closed (or has a notice). Looking costs a microsecond
+    where a query would cost a round trip on every `delay()`.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
+    if poll.poll(0):
+        connection.execute("SELECT 1", prepare=False)
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,155 @@
+"""Running storage operations on a connection, sync or async, and turning Postgres' errors into ours.
+
+An operation is a generator that yields `(statement name, parameters)` and is sent the rows. It never opens or commits
+a transaction: `run` executes each statement as the connection stands (autocommit, or inside the caller's transaction),
+`run_atomically` puts one around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import errors as pg_errors
+from psycopg.rows import tuple_row
+
+from durable.errors import DatabaseUnavailableError, DurableError, SchemaError
+from durable.sql import Statements
+from durable.storage import arrays
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+Operation = Generator[tuple[str, Mapping[str, Any]], list[Row], T]
+Connection = psycopg.Connection[Any]
+AsyncConnection = psycopg.AsyncConnection[Any]
+
+# What a worker's own session pins. Hot statements reach rows by index only, whatever the statistics say: a generic
+# plan cannot see the LIMIT or the length of an array, and a freshly filled table has no statistics at all.
+PINNED_PLANS = (
+    "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_bitmapscan = off; "
+    "SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_sort = off; SET jit = off"
+)
+
+CONNECTION_LOST = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+)
+
+
+def execute(
+    connection: Connection, sql: Statements, name: str, parameters: Mapping[str, Any], *, prepare: bool | None = True
+) -> list[Row]:
+    """Run one named statement and return its rows (none for a statement that has none)."""
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    cursor.execute(sql[name], parameters, prepare=prepare, binary=True)
+    return cursor.fetchall() if cursor.description is not None else []
+
+
+def run(connection: Connection, sql: Statements, operation: Operation[T], *, foreign: bool = False) -> T:
+    """Drive an operation on a sync connection and return what it returns.
+
+    foreign  the connection is the caller's: our array types are taught to the cursor, statements are not prepared
+             unless that connection would
+    """
+    rows: list[Row] | None = None
+    try:
+        while True:
+            name, parameters = operation.send(rows)  # type: ignore[arg-type]
+            if not foreign:
+                rows = execute(connection, sql, name, parameters)
+                continue
+            cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+            arrays.register(cursor.adapters)
+            cursor.execute(sql[name], parameters, binary=True)
+            rows = cursor.fetchall() if cursor.description is not None else []
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def run_atomically(connection: Connection, sql: Statements, operation: Operation[T]) -> T:
+    """Drive an operation inside one transaction of its own."""
+    with connection.transaction():
+        return run(connection, sql, operation)
+
+
+async def arun(connection: AsyncConnection, sql: Statements, operation: Operation[T], *, foreign: bool = False) -> T:
+    """Drive an operation on an async connection and return what it returns; `foreign` as in `run`."""
+    rows: list[Row] | None = None
+    try:
+        while True:
+            name, parameters = operation.send(rows)  # type: ignore[arg-type]
+            cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
+            if foreign:
+                arrays.register(cursor.adapters)
+            await cursor.execute(sql[name], parameters, prepare=None if foreign else True, binary=True)
+            rows = await cursor.fetchall() if cursor.description is not None else []
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def single(name: str, parameters: Mapping[str, Any] | None = None) -> Operation[list[Row]]:
+    """The operation that runs one statement and returns its rows."""
+    return (yield name, parameters or {})
+
+
+def connect(dsn: str, application_name: str, *, pinned: bool = False, timeout: float = 10.0) -> Connection:
+    """Open an autocommit connection for a long-lived process.
+
+    pinned   for the hot statements: see PINNED_PLANS
+    timeout  seconds to wait for the connection
+    Raises psycopg.OperationalError.
+    """
+    connection = psycopg.connect(
+        dsn, autocommit=True, application_name=application_name[:60], **connection_defaults(timeout)
+    )
+    arrays.register(connection.adapters)
+    if pinned:
+        connection.execute(PINNED_PLANS)
+    return connection
+
+
+def connection_defaults(timeout: float) -> dict[str, Any]:
+    """Keyword arguments for every connection: a silently dead peer is noticed within about half a minute."""
+    return {
+        "connect_timeout": max(2, round(timeout)),
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20000,
+    }
+
+
+def describe(error: BaseException) -> str:
+    """Return a database error's first line, without whatever libpq says of the connection string."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def translate(error: psycopg.Error, schema: str) -> DurableError | None:
+    """Return our error for a Postgres error that has one of ours, else None."""
+    if isinstance(error, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName | pg_errors.UndefinedColumn):
+        return SchemaError(
+            f"schema {schema!r} of this database is missing or older than this code ({describe(error)}); "
+            "run `durable migrate`"
+        )
+    if isinstance(error, pg_errors.InsufficientPrivilege):
+        return DatabaseUnavailableError(f"the database role may not do this: {describe(error)}")
+    if isinstance(error, pg_errors.ReadOnlySqlTransaction):
+        return DatabaseUnavailableError("the database is read-only (a standby?); point the DSN at the primary")
+    if isinstance(error, CONNECTION_LOST):
+        return DatabaseUnavailableError(f"the database can't be reached: {describe(error)}")
+    return None
+
+
+@contextmanager
+def translated(schema: str) -> Iterator[None]:
+    """Raise our errors instead of psycopg's where `translate` knows one."""
+    try:
+        yield
+    except psycopg.Error as error:
+        ours = translate(error, schema)
+        if ours is None:
+            raise
+        raise ours from error

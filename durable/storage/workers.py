@@ -1,0 +1,132 @@
+"""Leases of worker processes and beats, and taking back the rows of those that died. SQL in sql/workers.sql."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from psycopg.types.json import Jsonb
+
+from durable.storage.arrays import Int4Array, Int8Array
+from durable.storage.session import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which process a lease belongs to; (host, boot_id, pid, process_start) names it for ever."""
+
+    kind: str
+    name: str
+    host: str
+    boot_id: str
+    pid: int
+    process_start: str
+    queue: str | None = None
+    slots: int = 1
+
+
+@dataclass(slots=True)
+class Reclaimed:
+    """What a reclaim did: runnable rows per queue, ids that counted a crash, ids that failed for it."""
+
+    by_queue: dict[str, int] = field(default_factory=dict)
+    crashed: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+    def add(self, other: Reclaimed) -> None:
+        """Count another reclaim in."""
+        for queue, count in other.by_queue.items():
+            self.by_queue[queue] = self.by_queue.get(queue, 0) + count
+        self.crashed += other.crashed
+        self.lost += other.lost
+        self.ids += other.ids
+
+
+def register(identity: Identity, ttl: float) -> Operation[int]:
+    """Open a lease of `ttl` seconds and return its worker id."""
+    rows = yield (
+        "register",
+        {
+            "kind": identity.kind,
+            "name": identity.name,
+            "host": identity.host,
+            "boot_id": identity.boot_id,
+            "pid": identity.pid,
+            "process_start": identity.process_start,
+            "queue": identity.queue,
+            "slots": identity.slots,
+            "ttl": ttl,
+        },
+    )
+    return int(rows[0][0])
+
+
+def heartbeat(ids: Sequence[int], ttl: float) -> Operation[set[int]]:
+    """Extend leases to `ttl` seconds from the database's now; return those still alive, the others are dead for ever."""
+    rows = yield "heartbeat", {"ids": Int8Array(sorted(ids)), "ttl": ttl}
+    return {row[0] for row in rows}
+
+
+def bury(ids: Sequence[int]) -> Operation[None]:
+    """Mark leases dead, waiting for a claim in progress to end."""
+    yield "bury", {"ids": Int8Array(sorted(ids))}
+
+
+def reclaim(
+    worker: int,
+    entered: Sequence[tuple[int, int]] | None,
+    max_crashes: int,
+    cause: str,
+) -> Operation[Reclaimed]:
+    """Take back every row of a dead worker id. Needs a transaction; skips rows whose outcome is committing right now.
+
+    entered  (id, token) of the rows it was running; None when unknown: then all of them count a crash
+    cause    how the process died, for those that fail with WorkerLost
+    """
+    pairs = entered or ()
+    rows = yield (
+        "reclaim",
+        {
+            "worker": worker,
+            "entered_ids": Int8Array([pair[0] for pair in pairs]),
+            "entered_tokens": Int4Array([pair[1] for pair in pairs]),
+            "all_entered": entered is None,
+            "max_crashes": max_crashes,
+            "error": Jsonb({"type": "WorkerLost", "message": f"{cause}; that was crash {max_crashes} in this step"}),
+        },
+    )
+    reclaimed = Reclaimed()
+    ended: list[int] = []
+    for instance_id, queue, status, crashed in rows:
+        reclaimed.ids.append(instance_id)
+        if crashed:
+            reclaimed.crashed.append(instance_id)
+        if status == "runnable":
+            reclaimed.by_queue[queue] = reclaimed.by_queue.get(queue, 0) + 1
+        else:
+            ended.append(instance_id)
+            if status == "failed":
+                reclaimed.lost.append(instance_id)
+    if ended:
+        yield "archive", {"ids": Int8Array(ended)}
+    return reclaimed
+
+
+def bury_expired(connected_since: datetime, ttl: float, grace: float) -> Operation[list[tuple[int, str]]]:
+    """Mark leases dead that ran out while the reaper was connected; return (worker id, description)."""
+    rows = yield "bury_expired", {"connected_since": connected_since, "ttl": ttl, "grace": grace}
+    return [(row[0], f"{row[1]} process {row[4]} of {row[2]} on {row[3]}") for row in rows]
+
+
+def orphaned() -> Operation[list[tuple[int, str]]]:
+    """Return (worker id, description) of dead or unknown leases that still hold rows."""
+    rows = yield "orphaned", {}
+    return [(row[0], row[1]) for row in rows]
+
+
+def predecessors(host: str, boot_id: str) -> Operation[list[tuple[int, int, str, str]]]:
+    """Return (worker id, pid, process_start, name) of this host's and boot's live leases."""
+    rows = yield "predecessors", {"host": host, "boot_id": boot_id}
+    return [(row[0], row[1], row[2], row[3]) for row in rows]

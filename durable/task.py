@@ -1,0 +1,289 @@
+"""Task: a function as a one-step machine, with `.delay()` and its kin.
+
+A Task knows no app. Whoever registers it gives it a `submit` and an `asubmit`, which insert what `new()` made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+
+from durable import validation
+from durable.errors import DefinitionError, ValidationError
+from durable.instance import NewInstance, Payload
+from durable.result import AsyncResult
+from durable.retry import RetryPolicy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STEP = "run"
+"""The one step of a task."""
+
+
+class Submit(Protocol):
+    """Inserts an instance now, or collects it in the running batch; `connection` is the caller's."""
+
+    def __call__(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]: ...
+
+
+class ASubmit(Protocol):
+    """`Submit` for coroutines."""
+
+    def __call__(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> Awaitable[AsyncResult[Any]]: ...
+
+
+Encode = Callable[[Any, str, str | None], Payload]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What the decorator was given. Times in seconds."""
+
+    name: str
+    queue: str = "default"
+    priority: int = 0
+    version: int = 1
+    bind: bool = False
+    max_attempts: int | None = None
+    retry: RetryPolicy = RetryPolicy()
+    serializer: str | None = None
+
+    def __post_init__(self) -> None:
+        validation.text(self.name, "a task's name")
+        validation.queue(self.queue)
+        validation.priority(self.priority)
+        if self.max_attempts is not None:
+            validation.max_attempts(self.max_attempts)
+        if isinstance(self.version, bool) or not isinstance(self.version, int) or not 1 <= self.version < 2**31:
+            raise DefinitionError(f"task {self.name!r}: version must be an integer from 1, got {self.version!r}")
+
+
+def default_name(function: Callable[..., Any]) -> str:
+    """Return `module.function`; a script's `__main__` counts under its file name.
+
+    Raises DefinitionError for a lambda or a nested function: a worker could not find it by that name.
+    """
+    qualified = function.__qualname__
+    if "<" in qualified:
+        raise DefinitionError(
+            f"{qualified} in {function.__module__} is a lambda or a nested function, which has no name to be found by; "
+            "define it at module level or give it name=..."
+        )
+    module = function.__module__
+    if module == "__main__":
+        file = getattr(sys.modules["__main__"], "__file__", None)
+        module = Path(file).stem if file else module
+    return f"{module}.{qualified}"
+
+
+class Task(Generic[P, R]):
+    """A registered function. Calling it runs it here and now, like any function; `.delay()` enqueues an instance."""
+
+    def __init__(
+        self, function: Callable[..., Any], options: TaskOptions, encode: Encode, submit: Submit, asubmit: ASubmit
+    ) -> None:
+        if not callable(function):
+            raise DefinitionError(f"a task must be a function, got {validation.shown(function)}")
+        self.function = function
+        self.options = options
+        self.is_async = inspect.iscoroutinefunction(function)
+        self._encode = encode
+        self._submit = submit
+        self._asubmit = asubmit
+        self._signature = _signature(function, options)
+        self.__wrapped__ = function
+        self.__name__ = getattr(function, "__name__", options.name)
+        self.__qualname__ = getattr(function, "__qualname__", options.name)
+        self.__module__ = function.__module__
+        self.__doc__ = function.__doc__
+
+    @property
+    def name(self) -> str:
+        """The name by which workers find it."""
+        return self.options.name
+
+    @property
+    def queue(self) -> str:
+        """The queue its instances go to, unless a call says otherwise."""
+        return self.options.queue
+
+    @property
+    def version(self) -> int:
+        """Its generation; a worker runs only instances of exactly this one."""
+        return self.options.version
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """Enqueue a run with these arguments and return its result handle.
+
+        Raises TypeError when the arguments don't fit the function, PayloadError when they can't be serialised,
+        DatabaseUnavailableError; nothing is written then.
+        """
+        return self._submit(self.new(args, kwargs), None, True)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """`delay` for coroutines."""
+        return await self._asubmit(self.new(args, kwargs), None, True)
+
+    def apply_async(
+        self,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        expires: float | timedelta | datetime | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        correlation_key: str | None = None,
+        correlation_scope: Sequence[str] | None = None,
+        max_attempts: int | None = None,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+    ) -> AsyncResult[R]:
+        """Enqueue a run with options.
+
+        countdown, eta      seconds from now, or an aware datetime, before which it does not start
+        expires             seconds from now or an aware datetime after which it no longer starts: it ends `cancelled`
+        priority            lower runs earlier
+        correlation_key     business identity: at most one live instance has it
+        correlation_scope   statuses in which the key counts as occupied; () never
+        max_attempts        instead of the task's
+        connection          a psycopg connection: the instance exists if and only if its transaction commits
+        notify_in_transaction  whether that transaction also wakes workers (a poll finds the row otherwise)
+        Raises ValidationError and what `delay` raises; DuplicateError when the key is occupied.
+        """
+        new = self.new(
+            args,
+            kwargs or {},
+            schedule_in=countdown,
+            schedule_at=eta,
+            expires=expires,
+            priority=priority,
+            queue=queue,
+            correlation_key=correlation_key,
+            correlation_scope=correlation_scope,
+            max_attempts=max_attempts,
+        )
+        return self._submit(new, connection, notify_in_transaction)
+
+    async def aapply_async(
+        self,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        **options: Any,
+    ) -> AsyncResult[R]:
+        """`apply_async` for coroutines; `connection` is then a psycopg AsyncConnection."""
+        new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
+        return await self._asubmit(new, connection, notify_in_transaction)
+
+    def new(
+        self,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        schedule_in: float | None = None,
+        schedule_at: datetime | None = None,
+        expires: float | timedelta | datetime | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        correlation_key: str | None = None,
+        correlation_scope: Sequence[str] | None = None,
+        max_attempts: int | None = None,
+    ) -> NewInstance:
+        """Return the checked row for a run with these arguments and options; writes nothing."""
+        kwargs = kwargs or {}
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}(): {error}") from None
+        state: dict[str, Any] = {}
+        if args:
+            state["args"] = list(args)
+        if kwargs:
+            state["kwargs"] = dict(kwargs)
+        options = self.options
+        new = NewInstance(
+            machine=options.name,
+            machine_version=options.version,
+            step=STEP,
+            state=self._encode(state, "arguments", options.serializer),
+            queue=options.queue if queue is None else validation.queue(queue),
+            priority=options.priority if priority is None else validation.priority(priority),
+        )
+        if schedule_in is not None or schedule_at is not None or expires is not None:
+            _set_times(new, schedule_in, schedule_at, expires)
+        if max_attempts is not None:
+            new.max_attempts = validation.max_attempts(max_attempts)
+        if correlation_key is not None:
+            new.correlation_key = validation.text(correlation_key, "correlation_key")
+        if correlation_scope is not None:
+            new.correlation_scope = validation.scope(correlation_scope)
+            if correlation_key is None:
+                raise ValidationError("correlation_scope says when correlation_key is occupied; give that too")
+        return new
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name} v{self.version} on queue {self.queue}>"
+
+
+class AsyncTask(Task[P, R]):
+    """A task whose function is `async def`: calling it returns a coroutine; workers run it on an event loop."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # type: ignore[override]
+        return self.function(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _signature(function: Callable[..., Any], options: TaskOptions) -> inspect.Signature:
+    signature = inspect.signature(function)
+    if not options.bind:
+        return signature
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    ):
+        raise DefinitionError(f"task {options.name!r} has bind=True, so its first parameter must take the context")
+    if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return signature
+    return signature.replace(parameters=parameters[1:])
+
+
+def _set_times(
+    new: NewInstance,
+    schedule_in: float | None,
+    schedule_at: datetime | None,
+    expires: float | timedelta | datetime | None,
+) -> None:
+    if schedule_in is not None and schedule_at is not None:
+        raise ValidationError("give a delay (countdown, schedule_in) or a moment (eta, schedule_at), not both")
+    if schedule_in is not None:
+        new.delay = validation.seconds(schedule_in, "countdown")
+    if schedule_at is not None:
+        new.at = validation.moment(schedule_at, "eta")
+    if isinstance(expires, timedelta):
+        expires = expires.total_seconds()
+    if isinstance(expires, datetime):
+        new.expires_at = validation.moment(expires, "expires")
+        if expires <= datetime.now(expires.tzinfo):
+            raise ValidationError(f"expires is in the past: {expires!r}")
+        if new.at is not None and new.expires_at <= new.at:
+            raise ValidationError(f"expires ({expires!r}) is not after eta ({new.at!r}): it could never start")
+    elif expires is not None:
+        new.expires_in = validation.seconds(expires, "expires")
+        if new.expires_in <= (new.delay or 0):
+            raise ValidationError(f"expires ({expires!r} s) is not after countdown ({new.delay or 0:g} s)")

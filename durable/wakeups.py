@@ -1,0 +1,118 @@
+"""Which commits wake workers, by NOTIFY.
+
+Two channels per schema: one for queues (agents listen), one for scheduled rows (beats listen). The first insert into
+a queue notifies at once, then at most one per queue, per 50 ms and process: an agent looks again 50 ms after every
+notification, so that the ones left out cost no more than that. Correctness never depends on any of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from durable.instance import NewInstance
+from durable.storage.session import Operation, single
+
+INTERVAL = 0.05
+"""Seconds between two notifications of one queue by one process."""
+ANY_QUEUE = "*"
+RESCAN = "!"
+
+
+def queue_channel(schema: str) -> str:
+    """Return the channel agents listen on."""
+    return f"durable.{schema}"
+
+
+def due_channel(schema: str) -> str:
+    """Return the channel beats listen on."""
+    return f"durable.{schema}.due"
+
+
+def payload(queue: str, count: int, priority: int | None) -> str:
+    """Return what a notification says: queue, how many rows, their priority (None: look from the head again)."""
+    return f"{queue}:{count}:{RESCAN if priority is None else priority}"
+
+
+def parse(text: str) -> tuple[str, int, int | None] | None:
+    """Return (queue, count, priority or None for a rescan), or None for what is not ours."""
+    if text == ANY_QUEUE:
+        return ANY_QUEUE, 1, None
+    queue, _, rest = text.partition(":")
+    count, _, priority = rest.partition(":")
+    if not queue or not count.isdigit() or not (priority == RESCAN or priority.lstrip("-").isdigit()):
+        return None
+    return queue, int(count[:9]), None if priority == RESCAN else int(priority[:7])
+
+
+class Wakeups:
+    """Decides and makes the notifications of one process."""
+
+    def __init__(self, schema: str, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue_channel = queue_channel(schema)
+        self._due_channel = due_channel(schema)
+        self._enabled = enabled
+        self._clock = clock
+        self._last: dict[str, float] = {}
+
+    def after_insert(self, batch: Sequence[NewInstance]) -> list[Operation[Any]]:
+        """Return the notifications due after the commit of these rows; often none."""
+        if not self._enabled:
+            return []
+        counts: dict[str, int] = {}
+        priorities: dict[str, int] = {}
+        scheduled = False
+        for new in batch:
+            if new.delay or new.at is not None:
+                scheduled = True
+            else:
+                counts[new.queue] = counts.get(new.queue, 0) + 1
+                priorities[new.queue] = min(priorities.get(new.queue, new.priority), new.priority)
+        operations = [
+            self._notify(self._queue_channel, payload(queue, count, priorities[queue]))
+            for queue, count in counts.items()
+            if self._may(queue)
+        ]
+        if scheduled and self._may(""):
+            operations.append(self._notify(self._due_channel, ""))
+        return operations
+
+    def in_transaction(self, batch: Iterable[NewInstance]) -> list[Operation[Any]]:
+        """Return what a caller's transaction carries: constant payloads, which Postgres sends once per transaction."""
+        if not self._enabled:
+            return []
+        scheduled = {bool(new.delay or new.at is not None) for new in batch}
+        operations = []
+        if False in scheduled:
+            operations.append(self._notify(self._queue_channel, ANY_QUEUE))
+        if True in scheduled:
+            operations.append(self._notify(self._due_channel, ""))
+        return operations
+
+    def handed_back(self, by_queue: dict[str, int]) -> list[Operation[Any]]:
+        """Return the notifications for rows given back to their place in the order, behind the pickers' positions."""
+        if not self._enabled:
+            return []
+        return [self._notify(self._queue_channel, payload(queue, count, None)) for queue, count in by_queue.items()]
+
+    def promoted(self, by_queue: dict[str, int]) -> list[Operation[Any]]:
+        """Return the notifications for rows that became due."""
+        if not self._enabled:
+            return []
+        return [self._notify(self._queue_channel, payload(queue, count, None)) for queue, count in by_queue.items()]
+
+    def due_sooner(self) -> list[Operation[Any]]:
+        """Return the notification that a row was scheduled."""
+        return [self._notify(self._due_channel, "")] if self._enabled and self._may("") else []
+
+    def _may(self, key: str) -> bool:
+        now = self._clock()
+        if now - self._last.get(key, float("-inf")) < INTERVAL:
+            return False
+        self._last[key] = now
+        return True
+
+    @staticmethod
+    def _notify(channel: str, text: str) -> Operation[Any]:
+        return single("notify", {"channel": channel, "payload": text})
