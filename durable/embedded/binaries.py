@@ -129,7 +129,8 @@ def _runs_as(account: Account, bindir: Path) -> bool:
 def _copy(bindir: Path) -> Path:
     """Copy the installation below CACHE, once per content; 33 MB for the wheel."""
     prefix = bindir.parent
-    libraries = prefix.parent / f"{prefix.parent.name}.libs"  # beside the package; psql and pg_dump look for it there
+    package = prefix.parent
+    libraries = package.parent / f"{package.name}.libs"  # of a wheel: the programs look for it there, relatively
     parts = [path for path in (prefix / "bin", prefix / "lib", prefix / "share") if path.is_dir()]
     if len(parts) < 3:
         raise EmbeddedServerError(
@@ -137,7 +138,7 @@ def _copy(bindir: Path) -> Path:
             " could be copied: move it to a place that everybody may read"
         )
     target = CACHE / f"pg-{version(bindir).split()[0]}-{_digest(bindir / 'postgres', [*parts, libraries])}"
-    inside = Path(prefix.parent.name or "root", prefix.name)
+    inside = Path(package.name or "package", prefix.name)
     try:
         _make_cache()
         if not target.is_dir():

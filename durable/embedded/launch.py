@@ -48,6 +48,7 @@ def linger() -> float:
 
 def start(layout: Layout, found: Path, settings: Mapping[str, str]) -> None:
     """Start a server with the programs in `found`. Returns when its keeper runs, before it answers."""
+    linger()  # a wrong value is refused before anything is made
     account = layout.account()
     require_passage(account, layout.home)
     bindir = binaries.usable_by(account, found)

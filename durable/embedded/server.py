@@ -81,8 +81,7 @@ class Server:
             if not held:
                 self._hold()
             try:
-                if self._bring_up() is Answer.OURS:
-                    self._client.create(database)
+                self._provide(database)
             except BaseException:
                 if not held:
                     self.release()
@@ -191,6 +190,18 @@ class Server:
             os.close(fd)
 
     # Starting, all with `lock` held
+
+    def _provide(self, database: str) -> None:
+        if self._bring_up() is Answer.FULL:
+            return  # nobody can connect to make anything; the caller's own attempt will say so
+        try:
+            self._client.create(database)
+        except EmbeddedServerError:
+            if self._client.probe("postgres") is not Answer.NONE:
+                raise
+            # It died in between; a second death in these milliseconds is an error.
+            self._bring_up()
+            self._client.create(database)
 
     def _bring_up(self) -> Answer:
         """Wait for a server that is on its way, else start one, until it answers; see that it has a keeper."""

@@ -17,6 +17,7 @@ import pytest
 
 import durable.embedded
 from durable.embedded import Server, binaries
+from durable.embedded.layout import Layout
 
 DEADLINE = 30.0
 ROOT = os.geteuid() == 0
@@ -38,13 +39,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-class Holder:
-    """Another process that uses the server of `home`."""
+def scratch() -> str:
+    """Memory if there is plenty that programs may be run from, since a data directory is 40 MB; else the disk."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return "/tmp"
+    plenty = found.f_bavail * found.f_frsize > 2 << 30
+    return "/dev/shm" if plenty and not found.f_flag & os.ST_NOEXEC and os.access("/dev/shm", os.W_OK) else "/tmp"
 
-    def __init__(self, home: Path, *, python: str = sys.executable, path: Path | None = None, **popen: object) -> None:
-        package_root = path or Path(durable.embedded.__file__).parents[2]
-        script = HOLDER if path is None else path / "holder.py"
-        environment = {**os.environ, "DURABLE_HOME": str(home), "PYTHONPATH": str(package_root)}
+
+class Holder:
+    """Another process that uses the server of `home`; `code` is where it imports from, if not from where we do."""
+
+    def __init__(self, home: Path, *, python: str = sys.executable, code: Path | None = None, **popen: object) -> None:
+        package_root = code or Path(durable.embedded.__file__).parents[2]
+        script = HOLDER if code is None else code / "holder.py"
+        paths = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH") if code is None else None])]
+        environment = {**os.environ, "DURABLE_HOME": str(home), "PYTHONPATH": os.pathsep.join(paths)}
         environment.update(popen.pop("env", {}))
         self.process = subprocess.Popen(
             [python, str(script)],
@@ -82,7 +94,7 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that every account may enter; the servers on homes below it are stopped."""
-    path = Path(tempfile.mkdtemp(prefix="durable-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="durable-test-", dir=scratch()))
     path.chmod(0o755)
     yield path
     for lock in list(path.rglob("lock")):
@@ -102,6 +114,24 @@ def place() -> Iterator[Path]:
 @pytest.fixture
 def home(place: Path) -> Path:
     return place / "pg"
+
+
+@pytest.fixture
+def make_data(home: Path) -> Callable[[str, str], Path]:
+    """A data directory with one file in it, that belongs to the account which Postgres runs as."""
+
+    def make(name: str, text: str) -> Path:
+        layout = Layout(home)
+        layout.make_home()
+        account = layout.account()
+        layout.data.mkdir(mode=0o700)
+        if account is not None:
+            os.chown(layout.data, account.uid, account.gid)
+        path = layout.data / name
+        path.write_text(text)
+        return path
+
+    return make
 
 
 @pytest.fixture

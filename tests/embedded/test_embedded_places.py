@@ -167,7 +167,7 @@ def test_an_ordinary_user_gets_a_server_of_its_own(place, hold, nobody):
     if nobody:
         shutil.chown(home.parent, "nobody", "nogroup")
     bindir = next(binaries.system_bindirs(), None) or binaries.wheel_bindir()
-    holder = hold(home, python=python, path=code, env={"DURABLE_PG_BIN": str(bindir)}, **nobody)
+    holder = hold(home, python=python, code=code, env={"DURABLE_PG_BIN": str(bindir)}, **nobody)
     dsn = holder.line()
     assert dsn, "the ordinary user's process says on stderr what went wrong"
     assert ask(dsn, "SELECT 1") == 1

@@ -1,0 +1,344 @@
+"""The agent: the helper process of a worker command. Notifier, heartbeats, hand-back; two connections.
+
+It exists so that user code, which may hold the GIL for as long as it likes, can neither lose a lease nor miss a
+wake-up, and so that the supervisor needs no socket.
+
+* Heartbeats extend the leases of all worker processes in one statement. A lease that turns out dead is written into
+  that child's seat; one that lives gets a deadline, measured from before the statement was sent.
+* Notifications of a queue ring as many idle children as there are rows. The agent looks again a moment later for
+  rows whose notification was saved, and once per `poll_interval` for everything.
+* The supervisor reports each dead child with what it was running: its rows go back at once.
+* It promotes what is due and reaps, so that a missing beat costs about a second; GC only when no beat did it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from durable.app import Durable
+from durable.runtime import identity
+from durable.runtime.gc import collect
+from durable.runtime.link import Link, Stopped
+from durable.runtime.listener import Listener
+from durable.runtime.reaper import reap
+from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
+from durable.storage import claims, maintenance, partitions, workers
+from durable.storage.session import describe
+from durable.wakeups import ANY_QUEUE, INTERVAL, parse, queue_channel
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN = INTERVAL + 0.005
+"""Seconds after a notification at which rows are looked for whose own notification was saved."""
+PROMOTE_BATCH = 1000
+
+
+@dataclass(slots=True)
+class Death:
+    """A child that ended: its lease, what it was running, whether that counts as a crash, how it ended."""
+
+    worker: int
+    entered: list[tuple[int, int]]
+    cause: str
+
+
+class Agent:
+    """The agent of one command.
+
+    queues  the queue of each seat
+    inbox   pipe on which the supervisor reports deaths, one JSON line each; its end means the supervisor is gone
+    """
+
+    def __init__(
+        self, app: Durable, name: str, queues: Sequence[str], seats: SharedSeats, bells: Sequence[Bell], inbox: int
+    ) -> None:
+        self._app = app
+        self._name = name
+        self._queues = list(queues)
+        self._seats = seats
+        self._bells = list(bells)
+        self._inbox = inbox
+        self._partial = b""
+        self._stopping = False
+        conf = app.conf
+        title = f"durable {app.name} agent {os.getpid()}"
+        self._link = Link(app.dsn, app.sql, title, pinned=True, most_wait=conf.max_poll_interval, pause=self._pause)
+        listen_dsn = conf.listen_dsn
+        self._listener = Listener(
+            app.dsn if listen_dsn is None else lambda: listen_dsn, queue_channel(app.schema), f"{title} listen"
+        )
+        self._known = [f"{task}:{version}" for task, version in app.tasks]
+        self._deaths: list[Death] = []
+        self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
+        self._turn_of: dict[str, int] = {}
+        now = time.monotonic()
+        self._heartbeat_at = now
+        self._probe_at = now
+        self._reap_at = now + conf.reconcile_interval
+        self._gc_look_at = now + conf.gc_interval + conf.beat_grace
+
+    def run(self) -> int:
+        """Serve until the supervisor says stop; return the exit code."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._start()
+            while not self._stopping or self._deaths:
+                self._guarded_turn()
+        except Stopped:
+            log.warning("the agent stops while the database is away")
+        self._link.drop()
+        self._listener.close()
+        return 0
+
+    def _start(self) -> None:
+        while True:
+            try:
+                self._connected()
+                partitions.ensure(self._link.connection, self._app.sql)
+                self._release_predecessors()
+                return
+            except psycopg.Error as error:
+                self._after_error(error)
+
+    def _guarded_turn(self) -> None:
+        try:
+            self._turn()
+        except psycopg.Error as error:
+            self._after_error(error)
+
+    def _after_error(self, error: psycopg.Error) -> None:
+        if self._link.broken(error):
+            self._seats.database_up = False
+            self._connected()
+            for bell in self._bells:
+                bell.ring()
+        else:
+            log.warning("the agent's statement failed, trying on: %s", describe(error))
+            if self._pause(0.2):
+                raise Stopped
+
+    def _connected(self) -> None:
+        """Connect, however long that takes; then heartbeats come first, before anybody reaps our children."""
+        _ = self._link.connection
+        self._seats.database_up = True
+        self._heartbeat_at = time.monotonic()
+
+    def _turn(self) -> None:
+        conf, now = self._app.conf, time.monotonic()
+        if now >= self._heartbeat_at:
+            self._heartbeat()
+            self._heartbeat_at = now + conf.heartbeat_interval
+        if self._deaths:
+            self._hand_back()
+        if self._listener.tend():
+            self._probe_at = now
+        ping = self._listener.ping()
+        if ping is not None:
+            self._link.run(ping)
+        if now >= self._reap_at and conf.reaper:
+            self._reap()
+        if now >= self._probe_at:
+            self._probe()
+        if now >= self._gc_look_at:
+            self._collect_if_nobody_does()
+        self._wait()
+
+    def _wait(self) -> None:
+        due = min(self._heartbeat_at, self._probe_at)
+        if self._deaths:
+            due = min(due, time.monotonic() + 0.05)
+        self._listen_until(due)
+
+    def _listen_until(self, due: float) -> None:
+        poll = select.poll()
+        poll.register(self._inbox, select.POLLIN | select.POLLHUP)
+        listening = self._listener.fileno()
+        if listening is not None:
+            poll.register(listening, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(max(0.0, (due - time.monotonic()) * 1000))}
+        if self._inbox in ready:
+            self._read_inbox()
+        if listening in ready:
+            for payload in self._listener.messages():
+                self._notified(payload)
+
+    # What the supervisor says
+
+    def _read_inbox(self) -> None:
+        data = os.read(self._inbox, 65536)
+        if not data:
+            self._stopping = True
+            return
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            message: dict[str, Any] = json.loads(line)
+            if message.get("stop"):
+                self._stopping = True
+            else:
+                entered = [(row[0], row[1]) for row in message["entered"]]
+                self._deaths.append(Death(message["worker"], entered, message["cause"]))
+
+    def _hand_back(self) -> None:
+        """Take back the rows of dead children; a row that commits right now is met again, if it is still there."""
+        total = workers.Reclaimed()
+        left: list[Death] = []
+        for death in self._deaths:
+            self._link.run(workers.bury([death.worker]))
+            total.add(
+                self._link.run_atomically(
+                    workers.reclaim(death.worker, death.entered, self._app.conf.max_crashes, death.cause)
+                )
+            )
+            if self._link.run(claims.held(death.worker)):
+                left.append(death)
+        self._deaths = left
+        if total.ids:
+            log.warning(
+                "%d rows of dead worker processes are handed back, %d of them crashed, %d failed for it",
+                len(total.ids),
+                len(total.crashed),
+                len(total.lost),
+            )
+        self._wake_for(total.by_queue)
+
+    def _wake_for(self, by_queue: dict[str, int]) -> None:
+        for queue, count in by_queue.items():
+            self._ring(queue, count, RESCAN | SUSPECT)
+        for operation in self._app.wakeups.handed_back(by_queue):
+            self._link.run(operation)
+
+    def _release_predecessors(self) -> None:
+        """Claims of processes of this host and boot that are gone: a command that was killed and started again."""
+        host = identity.own("worker", self._name)
+        gone = [
+            Death(worker, [], f"process {pid} of {name} is gone")
+            for worker, pid, started, name in self._link.run(workers.predecessors(host.host, host.boot_id))
+            if not identity.exists(pid, started)
+        ]
+        for death in gone:
+            self._link.run(workers.bury([death.worker]))
+            # What it had entered is not known any more: all its rows count a crash, as when the reaper finds them.
+            taken = self._link.run_atomically(
+                workers.reclaim(death.worker, None, self._app.conf.max_crashes, death.cause)
+            )
+            if taken.ids:
+                log.warning("%s; %d rows are handed back", death.cause, len(taken.ids))
+            self._wake_for(taken.by_queue)
+
+    # Waking children
+
+    def _notified(self, payload: str) -> None:
+        parsed = parse(payload)
+        if parsed is None:
+            log.debug("a notification that is not ours: %r", payload[:80])
+            return
+        queue, count, priority = parsed
+        queues = set(self._queues) if queue == ANY_QUEUE else {queue} & set(self._queues)
+        for name in queues:
+            flags = 0
+            if priority is None:
+                flags = RESCAN | SUSPECT
+            elif priority not in self._priorities[name]:
+                self._priorities[name].add(priority)
+                flags = RESCAN
+            if flags:
+                self._hint_busy(name)
+            self._ring(name, count, flags)
+        if queues:
+            self._probe_at = min(self._probe_at, time.monotonic() + LOOK_AGAIN)
+
+    def _hint_busy(self, queue: str) -> None:
+        for index, name in enumerate(self._queues):
+            if name == queue:
+                self._seats.seat(index).hint(RESCAN)
+
+    def _idle(self, queue: str) -> list[int]:
+        return [
+            index
+            for index, name in enumerate(self._queues)
+            if name == queue and self._seats.seat(index).state == IDLE
+        ]
+
+    def _ring(self, queue: str, count: int, flags: int) -> None:
+        """Wake as many idle children of a queue as there are rows, a different one first each time."""
+        idle = self._idle(queue)
+        turn = self._turn_of.get(queue, 0)
+        self._turn_of[queue] = turn + 1
+        for offset in range(min(count, len(idle))):
+            index = idle[(turn + offset) % len(idle)]
+            if flags:
+                self._seats.seat(index).hint(flags)
+            self._bells[index].ring()
+
+    # On the clock
+
+    def _heartbeat(self) -> None:
+        ttl = self._app.conf.lease_ttl
+        seated = {
+            seat.worker_id: index
+            for index in range(self._seats.count)
+            if (seat := self._seats.seat(index)).worker_id
+        }
+        if not seated:
+            return
+        sent = time.monotonic()
+        alive = self._link.run(workers.heartbeat(list(seated), ttl))
+        for worker, index in seated.items():
+            seat = self._seats.seat(index)
+            if seat.worker_id != worker:
+                continue  # another child sits there by now
+            if worker in alive:
+                seat.deadline = sent + ttl
+            else:
+                seat.lost = worker
+                self._bells[index].ring()
+
+    def _probe(self) -> None:
+        idle = {queue: len(self._idle(queue)) for queue in dict.fromkeys(self._queues)}
+        probe = self._link.run(maintenance.probe(idle, self._known))
+        self._probe_at = time.monotonic() + self._app.conf.poll_interval
+        for queue, waiting in probe.waiting.items():
+            if waiting:
+                self._ring(queue, waiting, RESCAN | SUSPECT)
+        if probe.due:
+            promoted = self._link.run(maintenance.promote(PROMOTE_BATCH))
+            for operation in self._app.wakeups.promoted(promoted):
+                self._link.run(operation)
+        if probe.expired and self._app.conf.reaper:
+            self._reap()
+
+    def _reap(self) -> None:
+        """At once when the probe saw a lease run out; else now and then, for rows that were locked at the time."""
+        self._reap_at = time.monotonic() + self._app.conf.reconcile_interval
+        self._release_predecessors()
+        connection_began = self._link.connected_since
+        assert connection_began is not None, "a statement ran on it"
+        reap(self._link, self._app.conf, self._app.wakeups, connection_began)
+
+    def _collect_if_nobody_does(self) -> None:
+        conf = self._app.conf
+        self._gc_look_at = time.monotonic() + conf.beat_grace
+        if conf.gc and self._link.run(maintenance.take_duty("gc", conf.gc_interval + conf.beat_grace)):
+            log.warning("no beat has collected garbage for %.0f s; start `durable beat`", conf.gc_interval + conf.beat_grace)
+            collect(self._link, conf)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait, hearing the supervisor; return whether it said stop."""
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._inbox, select.POLLIN | select.POLLHUP)
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            if poll.poll(left * 1000):
+                self._read_inbox()
+        return self._stopping

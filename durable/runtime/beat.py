@@ -1,0 +1,148 @@
+"""The beat: makes scheduled rows runnable to the moment, reaps dead workers, collects garbage.
+
+Any number may run at once: what they touch is claimed with SKIP LOCKED, and garbage collection is a row in `duties`
+that one of them gets per interval. Two connections: LISTEN, to hear of rows due earlier, and one for statements.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import time
+
+import psycopg
+
+from durable.app import Durable
+from durable.runtime import identity
+from durable.runtime.gc import collect
+from durable.runtime.link import Link, Stopped
+from durable.runtime.listener import Listener
+from durable.runtime.reaper import reap
+from durable.runtime.shared import Bell
+from durable.storage import maintenance, partitions, workers
+from durable.storage.session import describe
+from durable.wakeups import INTERVAL, due_channel
+
+log = logging.getLogger(__name__)
+
+PROMOTE_BATCH = 1000
+LOOK_AT_LEAST_EVERY = 5.0
+LOOK_AGAIN = INTERVAL + 0.005
+"""Seconds after a notification at which rows are looked for whose own notification was saved."""
+
+
+class Beat:
+    """One beat process."""
+
+    def __init__(self, app: Durable, name: str) -> None:
+        self._app = app
+        self._name = name
+        self._bell = Bell()
+        self._stopping = False
+        title = f"durable {app.name} beat {os.getpid()}"
+        conf = app.conf
+        self._link = Link(app.dsn, app.sql, title, pinned=True, most_wait=conf.max_poll_interval, pause=self._pause)
+        listen_dsn = conf.listen_dsn
+        self._listener = Listener(
+            app.dsn if listen_dsn is None else lambda: listen_dsn, due_channel(app.schema), f"{title} listen"
+        )
+        self._worker = 0
+        now = time.monotonic()
+        self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = now
+
+    def run(self) -> int:
+        """Beat until SIGTERM or SIGINT; return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        signal.set_wakeup_fd(-1)
+        log.info("beat %s starts", self._name)
+        try:
+            while not self._stopping:
+                try:
+                    self._turn()
+                except psycopg.Error as error:
+                    self._after_error(error)
+            self._link.run(workers.bury([self._worker]))
+        except Stopped:
+            log.warning("the beat stops while the database is away")
+        except psycopg.Error as error:
+            log.warning("the beat's lease runs out by itself: %s", describe(error))
+        self._link.drop()
+        self._listener.close()
+        return 0
+
+    def stop(self) -> None:
+        """End after the present turn; safe in a signal handler."""
+        self._stopping = True
+        self._bell.ring()
+
+    def _after_error(self, error: psycopg.Error) -> None:
+        if not self._link.broken(error):
+            log.warning("the beat's statement failed, trying on: %s", describe(error))
+            if self._pause(0.5):
+                raise Stopped
+
+    def _turn(self) -> None:
+        conf, now = self._app.conf, time.monotonic()
+        if now >= self._heartbeat_at:
+            self._heartbeat()
+            self._heartbeat_at = now + conf.heartbeat_interval
+        if self._listener.tend():
+            self._promote_at = now
+        ping = self._listener.ping()
+        if ping is not None:
+            self._link.run(ping)
+        if now >= self._promote_at:
+            self._promote()
+        if now >= self._reap_at and conf.reaper:
+            self._reap_at = now + conf.reaper_interval
+            assert self._link.connected_since is not None, "a statement ran on it"
+            reap(self._link, conf, self._app.wakeups, self._link.connected_since)
+        if now >= self._gc_at and conf.gc:
+            self._gc_at = now + conf.gc_interval
+            if self._link.run(maintenance.take_duty("gc", conf.gc_interval * 0.9)):
+                collect(self._link, conf)
+        self._sleep(min(self._heartbeat_at, self._promote_at, self._reap_at, self._gc_at))
+
+    def _heartbeat(self) -> None:
+        ttl = self._app.conf.lease_ttl
+        if not self._worker or self._worker not in self._link.run(workers.heartbeat([self._worker], ttl)):
+            partitions.ensure(self._link.connection, self._app.sql)
+            self._worker = self._link.run(workers.register(identity.own("beat", self._name), ttl))
+
+    def _promote(self) -> None:
+        """Make due rows runnable, then sleep until the next is due, as the database's clock says."""
+        while promoted := self._link.run(maintenance.promote(PROMOTE_BATCH)):
+            for operation in self._app.wakeups.promoted(promoted):
+                self._link.run(operation)
+        wait = self._link.run(maintenance.next_due())
+        wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
+        self._promote_at = time.monotonic() + wait
+
+    def _sleep(self, until: float) -> None:
+        if self._stopping:
+            return
+        poll = select.poll()
+        poll.register(self._bell.reader, select.POLLIN)
+        listening = self._listener.fileno()
+        if listening is not None:
+            poll.register(listening, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(max(0.0, (until - time.monotonic()) * 1000))}
+        if listening in ready and self._listener.messages():
+            # Look now, and once more for rows whose own notification was saved.
+            now = time.monotonic()
+            wait = self._link.run(maintenance.next_due())
+            soon = now + (LOOK_AT_LEAST_EVERY if wait is None else max(wait, 0.0))
+            self._promote_at = min(self._promote_at, soon, now + LOOK_AGAIN)
+        self._bell.silence()
+
+    def _pause(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._bell.reader, select.POLLIN)
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            poll.poll(left * 1000)
+            self._bell.silence()
+        return self._stopping

@@ -1,0 +1,401 @@
+"""The engine: the thread of a worker process that owns its one connection, and claims and commits for its slot.
+
+One turn: commit what is ready, give back what waits behind a long step, claim if the buffer wants rows, sleep until
+rung. Which rows, which locks, who may die where:
+
+* A claim marks rows (worker, token + 1) and enters `held` here. Between that commit and our knowing of it anything may
+  die: `reconcile` gives back what the database says we hold and we don't know.
+* A row leaves `held` when its outcome is durable, stale, or it was given back. An outcome for a row not in `held` is
+  dropped: its lease was lost and somebody else owns the row.
+* The process may die at any moment: the agent (or the reaper) takes everything back by worker id.
+
+Only this thread touches the connection, `held` is written only here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+
+import psycopg
+
+from durable.app import Durable
+from durable.instance import Claimed
+from durable.runtime import identity
+from durable.runtime.buffer import Buffer, Outbox
+from durable.runtime.executor import Executor
+from durable.runtime.flusher import Flusher
+from durable.runtime.link import Link, Stopped
+from durable.runtime.picker import Picker
+from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
+from durable.runtime.slot import SHORT_STEP, Slot
+from durable.storage import claims, workers
+from durable.storage.claims import Commit
+from durable.storage.session import describe
+
+log = logging.getLogger(__name__)
+
+BUFFERED_WORK = 0.03
+"""Seconds of expected work that the buffer holds at most, when prefetch is auto."""
+MAX_PREFETCH = 400
+BEHIND_A_LONG_STEP = 0.05
+"""Seconds a step may run before the rows buffered behind it are given back."""
+PROBER_PATIENCE = 5.0
+
+
+class Engine:
+    """Claims and commits for one slot.
+
+    stop_asked  returns None, or the time.monotonic() by which the process must be gone
+    """
+
+    def __init__(
+        self,
+        app: Durable,
+        queue: str,
+        name: str,
+        seats: SharedSeats,
+        seat: Seat,
+        bell: Bell,
+        stop_asked: Callable[[], float | None],
+    ) -> None:
+        self._app = app
+        self._queue = queue
+        self._name = name
+        self._seats = seats
+        self._seat = seat
+        self._bell = bell
+        self._stop_asked = stop_asked
+        self._poll = select.poll()
+        self._poll.register(bell.reader, select.POLLIN)
+        self._link = Link(
+            app.dsn,
+            app.sql,
+            f"durable {app.name} worker {queue} {os.getpid()}",
+            pinned=True,
+            most_wait=app.conf.max_poll_interval,
+            pause=self._pause,
+        )
+        self._flusher = Flusher(self._link, self._pause)
+        self._picker = Picker(self._link, queue)
+        self.buffer = Buffer(bell.ring)
+        self.outbox = Outbox(bell.ring)
+        executor = Executor(app, app.tasks, app.codec, app.conf.max_attempts)
+        self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns)
+        self._held: dict[int, int] = {}
+        self._worker = 0
+        self._more = True
+        self._suspect = False
+        self._alone = False
+        self._reconcile_at = math.inf
+
+    def owns(self, claimed: Claimed) -> bool:
+        """Whether a claimed row is still ours."""
+        return self._held.get(claimed.id) == claimed.token
+
+    def run(self) -> None:
+        """Serve the slot until asked to stop, then drain."""
+        try:
+            self._register()
+            while self._stop_asked() is None:
+                self._turn()
+            self._drain()
+        except Stopped:
+            log.warning("%s stops while the database is away; its claims are taken back later", self._name)
+        finally:
+            self.buffer.close()
+            self._link.drop()
+
+    def _turn(self) -> None:
+        if self._bell.silence():
+            self._more = True
+        hints = self._seat.take_hints()
+        if hints & RESCAN:
+            self._picker.rescan()
+            self._more = True
+        if hints & SUSPECT:
+            self._suspect = True
+        if self._seat.lost == self._worker:
+            self._start_over()
+        try:
+            self._flush_if_due()
+            self._give_back_behind_long_step()
+            self._claim_if_wanted()
+            self._reconcile_if_due()
+        except psycopg.Error as error:
+            self._after_error(error)
+            return
+        self._sleep()
+
+    # Lease
+
+    def _register(self) -> None:
+        before = time.monotonic()
+        ttl = self._app.conf.lease_ttl
+        while True:
+            try:
+                self._worker = self._link.run(workers.register(identity.own("worker", self._name, self._queue), ttl))
+                break
+            except psycopg.Error as error:
+                self._after_error(error)
+        self._seat.deadline = before + ttl
+        self._seat.worker_id = self._worker
+        self._more = True
+
+    def _start_over(self) -> None:
+        """Our lease was found dead: everything we hold belongs to others. Go on under a new id."""
+        dropped = self.buffer.take_back() + [commit.claimed for commit in self.outbox.take(len(self.outbox))]
+        self._held.clear()
+        self.outbox.settled_all()
+        log.warning("%s lost its lease; %d claims are dropped, it goes on under a new id", self._name, len(dropped))
+        self._register()
+
+    # Commit
+
+    def _flush_if_due(self) -> None:
+        while self._flush_is_due():
+            self._flush(self.outbox.take(self._app.conf.flush_batch))
+
+    def _flush_is_due(self) -> bool:
+        """A full set of waiting outcomes goes at once; fewer wait for more only while the slot makes more."""
+        waiting = len(self.outbox)
+        if not waiting:
+            return False
+        if waiting >= self._app.conf.flush_batch or self.buffer.slot_waits or self.outbox.slot_waits:
+            return True
+        return time.monotonic() - self.outbox.oldest_at >= self._app.conf.flush_delay
+
+    def _flush(self, batch: Sequence[Commit]) -> None:
+        owned = [commit for commit in batch if self.owns(commit.claimed)]
+        committed: set[int] = set()
+        try:
+            if owned:
+                committed = self._flusher.flush(self._worker, owned)
+        finally:
+            # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
+            for commit in owned:
+                self._held.pop(commit.claimed.id, None)
+            self.outbox.settled(len(batch))
+        if len(committed) < len(batch):
+            stale = [commit.claimed.id for commit in batch if commit.claimed.id not in committed]
+            log.warning("outcomes were stale: the rows had been taken away", extra={"instances": stale[:20]})
+        self._more = True
+        scheduled = any(commit.status == "scheduled" and commit.claimed.id in committed for commit in batch)
+        if scheduled:
+            for operation in self._app.wakeups.due_sooner():
+                self._link.run(operation)
+
+    # Give back
+
+    def _give_back_behind_long_step(self) -> None:
+        waiting = len(self.buffer)
+        if not waiting:
+            return
+        if self.slot.running:
+            ran = time.monotonic() - self._seat.entered_at
+            if ran > BEHIND_A_LONG_STEP:
+                self.slot.mean_step = max(self.slot.mean_step or 0.0, ran)
+                self._release(self.buffer.take_back())
+                return
+        mean = self.slot.mean_step
+        if mean is not None and waiting > 1 and waiting * mean > 4 * BUFFERED_WORK:
+            self._release(self.buffer.take_back(keep=max(1, self._target())))
+
+    def _release(self, rows: Sequence[Claimed], reason: str | None = None) -> None:
+        if not rows:
+            return
+        for row in rows:
+            self._held.pop(row.id, None)  # first: if the release fails, reconcile finds them
+        counts = self._link.run_atomically(claims.release(self._worker, [(row.id, row.token) for row in rows], reason))
+        for operation in self._app.wakeups.handed_back(counts):
+            self._link.run(operation)
+
+    # Claim
+
+    def _target(self) -> int:
+        """How many rows the buffer should hold."""
+        if self._app.conf.prefetch is not None:
+            return self._app.conf.prefetch
+        mean = self.slot.mean_step
+        if mean is None:
+            return 1
+        return min(MAX_PREFETCH, int(BUFFERED_WORK / max(mean, 1e-6)))
+
+    def _demand(self) -> int:
+        """How many rows to claim now; 0 for none."""
+        target, waiting = self._target(), len(self.buffer)
+        if self.buffer.slot_waits and not waiting:
+            return max(1, target)
+        if self._suspect or self._alone:
+            return 0  # let the buffer run dry: a suspect is claimed alone
+        if (self.slot.mean_step or 0.0) >= SHORT_STEP and self._app.conf.prefetch is None:
+            return 0
+        room = target - waiting
+        least = self._app.conf.min_demand or max(1, target // 2)
+        return room if room >= least else 0
+
+    def _claim_if_wanted(self) -> None:
+        demand = self._demand()
+        if not demand or time.monotonic() >= self._seat.deadline:
+            return
+        nothing_held = not self._held
+        if nothing_held:
+            self._alone = False
+        if self._suspect and nothing_held:
+            self._suspect = False
+            rows = self._claimed(self._picker.claim_suspect(self._worker))
+            if rows:
+                self._alone = True
+                self._buffer_rows(rows)
+                return
+        if not self._more:
+            return
+        if nothing_held:
+            # Before the claim that may find nothing: a wake-up between the two then rings us.
+            self._seat.state = IDLE
+        rows = self._claimed(self._picker.claim(self._worker, demand))
+        self._more = bool(rows)
+        if rows:
+            self._buffer_rows(rows)
+
+    def _claimed(self, rows: list[Claimed]) -> list[Claimed]:
+        """Take claimed rows in; those that can't be run here are dealt with at once."""
+        if not rows:
+            return rows
+        if self._reconcile_at == math.inf:
+            self._reconcile_at = time.monotonic() + self._app.conf.reconcile_interval
+        for row in rows:
+            self._held[row.id] = row.token
+        expired = [row for row in rows if row.expired]
+        unknown = [row for row in rows if not row.expired and (row.machine, row.machine_version) not in self._app.tasks]
+        if not expired and not unknown:
+            return rows
+        if expired:
+            for row in expired:
+                self._held.pop(row.id, None)
+            self._link.run_atomically(claims.expire(self._worker, [(row.id, row.token) for row in expired]))
+        for row in unknown:
+            self._picker.hide(row.machine, row.machine_version)
+            log.error(
+                "task %s version %d is not known here; its instances are left to other workers",
+                row.machine,
+                row.machine_version,
+                extra={"instance": row.id},
+            )
+            self._release([row], f"worker {self._name} does not know {row.machine} version {row.machine_version}")
+        return [row for row in rows if row.id in self._held]
+
+    def _buffer_rows(self, rows: list[Claimed]) -> None:
+        if rows:
+            self._seat.state = BUSY
+            self.buffer.put(rows)
+
+    def _reconcile_if_due(self) -> None:
+        """Give back rows that the database says we hold and we don't know: a claim whose answer was lost."""
+        if time.monotonic() < self._reconcile_at:
+            return
+        strange = self._release_strange()
+        if strange:
+            log.warning("%s gave back %d rows of a claim it never heard of", self._name, strange)
+        self._reconcile_at = time.monotonic() + self._app.conf.reconcile_interval if self._held else math.inf
+
+    def _release_strange(self, reason: str | None = None) -> int:
+        there = self._link.run(claims.held(self._worker))
+        strange = [(instance_id, token) for instance_id, token in there.items() if self._held.get(instance_id) != token]
+        if strange:
+            counts = self._link.run_atomically(claims.release(self._worker, strange, reason))
+            for operation in self._app.wakeups.handed_back(counts):
+                self._link.run(operation)
+        return len(strange)
+
+    def _after_error(self, error: psycopg.Error) -> None:
+        """A statement outside of a flush failed: whatever it was about is looked up again, on a new connection."""
+        if not self._link.broken(error):
+            log.warning("%s: a statement failed, trying on: %s", self._name, describe(error))
+            self._pause(0.5)
+        self._picker.rescan()
+        self._more = True
+        self._reconcile_at = 0.0
+
+    # Waiting
+
+    def _sleep(self) -> None:
+        """Sleep until rung, or until something is due."""
+        if self._stop_asked() is not None:
+            return
+        now = time.monotonic()
+        until = self._reconcile_at
+        pending = len(self.outbox)
+        if pending:
+            until = min(until, self.outbox.oldest_at + self._app.conf.flush_delay)
+        if len(self.buffer):
+            began = self._seat.entered_at if self.slot.running else now
+            until = min(until, began + BEHIND_A_LONG_STEP + 0.001)
+        demand = self._demand()
+        if demand and now >= self._seat.deadline:
+            until = min(until, now + 0.2)
+        elif demand and (self._more or (self._suspect and not self._held)):
+            return
+        self.outbox.wake_at = self._app.conf.flush_batch if pending else 1
+        # An outcome that came before wake_at was set rang nobody.
+        if len(self.outbox) == pending and not self._flush_is_due():
+            self._poll.poll(None if until == math.inf else max(0.0, (until - now) * 1000))
+        self.outbox.wake_at = math.inf
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait while the database is away; return whether the process must be gone.
+
+        After the random wait, the agent's word that it is back is waited for: one prober per command.
+        """
+        now = time.monotonic()
+        patience = now + PROBER_PATIENCE
+        until = now + seconds
+        while True:
+            stop = self._stop_asked()
+            now = time.monotonic()
+            if stop is not None and now >= stop:
+                return True
+            if now >= until and (self._seats.database_up or now >= patience):
+                return False
+            wait = min(0.2, max(0.001, until - now)) if now < until else 0.05
+            self._poll.poll(wait * 1000)
+            self._bell.silence()
+
+    # Shutdown
+
+    def _drain(self) -> None:
+        """Give the buffered rows back, let the running step end, commit, give back what is left, end the lease."""
+        self._retried(lambda: self._release(self.buffer.take_back()))
+        self.buffer.close()
+        while not self.slot.ended or len(self.outbox):
+            if len(self.outbox):
+                self._flush(self.outbox.take(self._app.conf.flush_batch))
+                continue
+            left = (self._stop_asked() or 0.0) - time.monotonic()
+            if left <= 0:
+                break
+            self.outbox.wake_at = 1
+            self._poll.poll(min(50.0, left * 1000))
+            self._bell.silence()
+        if not self.slot.ended:
+            log.warning("%s stops a step before its end; it runs again elsewhere", self._name)
+        self._retried(self._leave)
+
+    def _leave(self) -> None:
+        self._held.clear()
+        self._release_strange("its worker was shut down")
+        self._link.run(workers.bury([self._worker]))
+
+    def _retried(self, action: Callable[[], None]) -> None:
+        while True:
+            try:
+                return action()
+            except psycopg.Error as error:
+                self._link.broken(error)
+                log.warning("%s: %s; trying on", self._name, describe(error))
+                if self._pause(0.1):
+                    raise Stopped from error

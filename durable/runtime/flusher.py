@@ -1,0 +1,83 @@
+"""Group commit: a batch of outcomes in one transaction, whatever goes wrong on the way.
+
+* A missing history partition is made, and the flush repeated.
+* A connection that broke may have committed or not: the same outcomes are submitted again, and those that turn out
+  stale are looked up, since it may have been the first submission that committed them.
+* Busy, full or restarting servers are waited for.
+* An outcome that can't be committed at all never fails its neighbours: the batch is halved until it stands alone,
+  and then its instance fails with the database's reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import psycopg
+from psycopg import errors as pg_errors
+
+from durable.errors import OutcomeError
+from durable.runtime.backoff import Backoff
+from durable.runtime.executor import error_json
+from durable.runtime.link import Link, Stopped
+from durable.storage import claims, partitions
+from durable.storage.claims import Commit
+from durable.storage.session import describe
+
+log = logging.getLogger(__name__)
+
+# Errors of the outcome itself: the same statement would fail again, and only for the row that is wrong.
+_OUTCOME_ERRORS = (psycopg.DataError, psycopg.IntegrityError, pg_errors.ProgramLimitExceeded, psycopg.NotSupportedError)
+
+
+class Flusher:
+    """Commits outcomes of one worker id over one link.
+
+    pause  waits that many seconds, or less when the process must stop; returns whether it must
+    """
+
+    def __init__(self, link: Link, pause: Callable[[float], bool]) -> None:
+        self._link = link
+        self._pause = pause
+
+    def flush(self, worker: int, batch: Sequence[Commit]) -> set[int]:
+        """Commit what can be committed and return the ids that are durable; the others are stale.
+
+        Raises Stopped when the process must end before the database would answer.
+        """
+        backoff = Backoff(first=0.02, most=2.0)
+        submitted_before = False
+        told = False
+        while True:
+            try:
+                committed = claims.flush(self._link.connection, self._link.sql, worker, batch)
+                if submitted_before and len(committed) < len(batch):
+                    committed |= self._link.run(claims.resolve(batch))
+                return committed
+            except pg_errors.CheckViolation as error:
+                if "no partition" not in str(error):
+                    return self._halve(worker, batch, error)
+                made = partitions.ensure(self._link.connection, self._link.sql)
+                log.warning("the history had no partition for today; made %d", made)
+            except _OUTCOME_ERRORS as error:
+                return self._halve(worker, batch, error)
+            except psycopg.Error as error:
+                submitted_before |= self._link.broken(error)
+                if not told:
+                    log.warning("a commit of %d outcomes failed, trying on: %s", len(batch), describe(error))
+                    told = True
+            if self._pause(backoff.next()):
+                raise Stopped
+
+    def _halve(self, worker: int, batch: Sequence[Commit], error: psycopg.Error) -> set[int]:
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return self.flush(worker, batch[:middle]) | self.flush(worker, batch[middle:])
+        (commit,) = batch
+        log.error(
+            "an outcome can't be committed: %s", describe(error), extra={"instance": commit.claimed.id, "task": commit.claimed.machine}
+        )
+        if commit.status == "failed" and commit.result is None:
+            raise error  # even the plain failure can't be stored: not this outcome's fault
+        reason = OutcomeError(f"the database refused this outcome: {describe(error)}")
+        return self.flush(worker, [Commit(commit.claimed, "failed", error=error_json(reason), attempt=commit.attempt)])

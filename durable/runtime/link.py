@@ -1,0 +1,103 @@
+"""A process's connection to the database: opened when needed, replaced when it broke.
+
+One thread uses it. `reconnect` waits with full-jitter backoff and never gives up by itself; the caller's `stopping`
+ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from typing import TypeVar
+
+import psycopg
+
+from durable.errors import DurableError
+from durable.runtime.backoff import Backoff
+from durable.sql import Statements
+from durable.storage import maintenance
+from durable.storage.session import Connection, Operation, connect, describe, run, run_atomically
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):  # noqa: N818 - control flow
+    """The process was asked to stop while the database was away."""
+
+
+class Link:
+    """One connection.
+
+    dsn       asked for each new connection (and so may restart an embedded server)
+    pause     waits that many seconds, or less when the process is asked to stop; returns whether it is
+    """
+
+    def __init__(
+        self,
+        dsn: Callable[[], str],
+        sql: Statements,
+        name: str,
+        *,
+        pinned: bool,
+        most_wait: float,
+        pause: Callable[[float], bool],
+    ) -> None:
+        self._dsn = dsn
+        self.sql = sql
+        self._name = name
+        self._pinned = pinned
+        self._pause = pause
+        self._backoff = Backoff(most=most_wait)
+        self._connection: Connection | None = None
+        self.connected_since: datetime | None = None
+        """The database's clock when the present connection was made."""
+
+    @property
+    def connection(self) -> Connection:
+        """The open connection, made now if there is none. Raises Stopped."""
+        if self._connection is None or self._connection.closed:
+            self._connection = self._open()
+        return self._connection
+
+    def run(self, operation: Operation[T]) -> T:
+        """Drive an operation, each statement by itself. Raises psycopg.Error, Stopped."""
+        return run(self.connection, self.sql, operation)
+
+    def run_atomically(self, operation: Operation[T]) -> T:
+        """Drive an operation in one transaction. Raises psycopg.Error, Stopped."""
+        return run_atomically(self.connection, self.sql, operation)
+
+    def _open(self) -> Connection:
+        told = False
+        while True:
+            try:
+                connection = connect(self._dsn(), self._name, pinned=self._pinned)
+                self.connected_since = run(connection, self.sql, maintenance.now())
+            except (psycopg.Error, DurableError) as error:
+                if not told:
+                    log.warning("%s: the database can't be reached: %s; trying on", self._name, describe(error))
+                    told = True
+                if self._pause(self._backoff.next()):
+                    raise Stopped from error
+                continue
+            if told:
+                log.warning("%s: the database is back", self._name)
+            self._backoff.reset()
+            return connection
+
+    def drop(self) -> None:
+        """Close the connection; the next use opens a new one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def broken(self, error: BaseException) -> bool:
+        """Whether an error left the connection useless; it is dropped then."""
+        lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and (
+            self._connection is None or self._connection.closed or self._connection.broken
+        )
+        if lost:
+            self.drop()
+        return lost

@@ -1,0 +1,37 @@
+"""Taking back the rows of processes that died. Agents and beats run it; any number may at once.
+
+First the leases are marked dead, then rows are released: a dead worker id is never revived, so an outcome that comes
+later is stale. A row that is locked (its outcome commits right now) is met at the next turn, if it is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+
+from durable.config import Config
+from durable.runtime.link import Link
+from durable.storage import workers
+from durable.storage.workers import Reclaimed
+from durable.wakeups import Wakeups
+
+log = logging.getLogger(__name__)
+
+
+def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) -> Reclaimed:
+    """Bury leases that ran out, take their rows back, wake workers; return what was done.
+
+    connected_since  the database's clock when this process connected: an outage longer than the lease must not make
+                     every worker look dead, so a lease counts as expired only after a full `lease_ttl` of connection
+    Raises psycopg.Error.
+    """
+    for _, who in link.run(workers.bury_expired(connected_since, conf.lease_ttl, conf.reaper_grace)):
+        log.warning("the lease of %s ran out", who)
+    total = Reclaimed()
+    for worker, who in link.run(workers.orphaned()):
+        total.add(link.run_atomically(workers.reclaim(worker, None, conf.max_crashes, f"{who} stopped answering")))
+    if total.ids:
+        log.warning("reaped %d rows of dead workers, %d failed for it", len(total.ids), len(total.lost))
+    for operation in wakeups.handed_back(total.by_queue):
+        link.run(operation)
+    return total

@@ -1,0 +1,163 @@
+"""Memory that the supervisor, its agent and its worker processes share: one seat per worker process.
+
+An anonymous mmap made before the first fork, so it survives every process but the supervisor. Each field is eight
+aligned bytes with exactly one writer at a time, so nothing is locked. A seat outlives the processes that sit in it:
+a child that dies leaves here what it was running.
+
+    worker_id       the child's lease; 0 before it has one                          child writes
+    deadline        CLOCK_MONOTONIC seconds until which the lease is surely live    agent writes (child at registration)
+    state           STARTING, IDLE (sleeps until it is woken), BUSY                 child writes
+    entered_id      instance being stepped, 0 when none                             child writes
+    entered_token   its token                                                       child writes, before entered_id
+    entered_at      CLOCK_MONOTONIC seconds when that began                         child writes
+    lost            a worker_id the agent found dead                                agent writes
+    hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+
+STARTING, IDLE, BUSY = 0, 1, 2
+RESCAN, SUSPECT = 1, 2
+
+_FIELDS = 8
+_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LOST, _HINTS = range(_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A row a child was stepping."""
+
+    id: int
+    token: int
+
+
+class SharedSeats:
+    """The memory itself; `seat(n)` is one child's part of it."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1) * 8))
+        view = memoryview(self._memory)
+        self._integers = view.cast("q")
+        self._floats = view.cast("d")
+        self._database_up = count * _FIELDS
+        self.count = count
+
+    def seat(self, index: int) -> Seat:
+        """Return seat number `index`."""
+        return Seat(self._integers, self._floats, index * _FIELDS)
+
+    @property
+    def database_up(self) -> bool:
+        """Whether the agent, the command's one prober, reaches the database."""
+        return bool(self._integers[self._database_up])
+
+    @database_up.setter
+    def database_up(self, value: bool) -> None:
+        self._integers[self._database_up] = int(value)
+
+
+class Seat:
+    """One child's fields; see the module's head for who writes which."""
+
+    __slots__ = ("_base", "_floats", "_integers")
+
+    def __init__(self, integers: memoryview, floats: memoryview, base: int) -> None:
+        self._integers = integers
+        self._floats = floats
+        self._base = base
+
+    def clear(self) -> None:
+        """Empty the seat for a new child."""
+        for field in range(_FIELDS):
+            self._integers[self._base + field] = 0
+
+    @property
+    def worker_id(self) -> int:
+        return int(self._integers[self._base + _WORKER_ID])
+
+    @worker_id.setter
+    def worker_id(self, value: int) -> None:
+        self._integers[self._base + _WORKER_ID] = value
+
+    @property
+    def deadline(self) -> float:
+        return float(self._floats[self._base + _DEADLINE])
+
+    @deadline.setter
+    def deadline(self, value: float) -> None:
+        self._floats[self._base + _DEADLINE] = value
+
+    @property
+    def state(self) -> int:
+        return int(self._integers[self._base + _STATE])
+
+    @state.setter
+    def state(self, value: int) -> None:
+        self._integers[self._base + _STATE] = value
+
+    @property
+    def lost(self) -> int:
+        return int(self._integers[self._base + _LOST])
+
+    @lost.setter
+    def lost(self, value: int) -> None:
+        self._integers[self._base + _LOST] = value
+
+    def enter(self, instance_id: int, token: int, at: float) -> None:
+        """Note what is about to be stepped."""
+        base, integers = self._base, self._integers
+        integers[base + _ENTERED_TOKEN] = token
+        self._floats[base + _ENTERED_AT] = at
+        integers[base + _ENTERED_ID] = instance_id
+
+    def leave(self) -> None:
+        """Note that the outcome was handed over."""
+        self._integers[self._base + _ENTERED_ID] = 0
+
+    @property
+    def entered(self) -> Entered | None:
+        """What is being stepped, or None."""
+        instance_id = int(self._integers[self._base + _ENTERED_ID])
+        return Entered(instance_id, int(self._integers[self._base + _ENTERED_TOKEN])) if instance_id else None
+
+    @property
+    def entered_at(self) -> float:
+        return float(self._floats[self._base + _ENTERED_AT])
+
+    def hint(self, flags: int) -> None:
+        """Ask the child to look again; a hint that is overwritten by a race costs at most a second."""
+        self._integers[self._base + _HINTS] |= flags
+
+    def take_hints(self) -> int:
+        """Return the hints given since the last call."""
+        flags = int(self._integers[self._base + _HINTS])
+        if flags:
+            self._integers[self._base + _HINTS] = 0
+        return flags
+
+
+class Bell:
+    """A pipe that wakes a process: ringing never blocks, and many rings are one."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self._writer, False)
+
+    def ring(self) -> None:
+        """Wake the reader."""
+        try:
+            os.write(self._writer, b"\0")
+        except BlockingIOError:
+            return  # the pipe is full of rings nobody has heard yet: one more says nothing new
+
+    def silence(self) -> bool:
+        """Take all rings; return whether there was one."""
+        try:
+            return bool(os.read(self.reader, 65536))
+        except BlockingIOError:
+            return False

@@ -1,0 +1,276 @@
+"""The supervisor: the process of `durable worker`. START HERE to read a worker.
+
+    supervisor ──fork──> agent            notifier, heartbeats, hand-back (agent.py)
+               ──fork──> worker process   one per queue and slot: engine thread + slot (child.py, engine.py, slot.py)
+               ──fork──> beat             with -B (beat.py)
+
+It has imported the app; it opens no socket and starts no thread, so that forking is safe for ever: a child that dies
+is forked again from this clean process. Its loop: take signals, collect the dead, report them to the agent, replace
+them. What a dead child was running is read from its seat in shared memory before the seat is given away.
+
+Who may die where: a child: the agent hands its rows back at once. The agent: forked again, leases outlive it by
+seconds. The supervisor: the kernel kills its children, their leases run out, the reaper takes their rows.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from durable.app import Durable
+from durable.runtime.agent import Agent
+from durable.runtime.beat import Beat
+from durable.runtime.child import run_child
+from durable.runtime.process import describe_exit, fork
+from durable.runtime.shared import Bell, SharedSeats
+
+log = logging.getLogger(__name__)
+
+STOPPED_CHILD_PATIENCE = 5.0
+"""Seconds a child may stay stopped (SIGSTOP) before it is killed: the agent would keep its lease alive for ever."""
+KILL_AFTER_DRAIN = 2.0
+"""Seconds beyond its drain time after which a child that doesn't end is killed."""
+FORK_PAUSE_MOST = 5.0
+HEALTHY_AFTER = 5.0
+
+
+@dataclass
+class Place:
+    """One seat and who sits in it."""
+
+    queue: str
+    bell: Bell = field(default_factory=Bell)
+    pid: int = 0
+    forked_at: float = 0.0
+    fork_at: float = 0.0
+    pause: float = 0.0
+    stopped_at: float | None = None
+
+
+class Supervisor:
+    """Runs one worker command.
+
+    queues  queue -> number of worker processes
+    beat    whether a beat is forked too
+    """
+
+    def __init__(self, app: Durable, queues: Mapping[str, int], name: str, *, beat: bool = False) -> None:
+        self._app = app
+        self._name = name
+        self._beat_wanted = beat
+        self._places = [Place(queue) for queue, count in queues.items() for _ in range(count)]
+        self._seats = SharedSeats(len(self._places))
+        self._inbox, self._to_agent = os.pipe()
+        self._agent_pid = 0
+        self._beat_pid = 0
+        self._waker = Bell()
+        self._signals: list[int] = []
+        self._draining: float | None = None
+        self._reload = False
+
+    def run(self) -> int:
+        """Run until stopped by a signal; return the exit code. After SIGHUP it replaces itself by a fresh one."""
+        if threading.active_count() > 1:
+            log.warning("importing the app started threads; forking with threads is unsafe, start them in tasks instead")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(number, self._heard)
+        gc.collect()
+        gc.freeze()  # what was imported stays on pages the children share
+        self._fork_agent()
+        for index in range(len(self._places)):
+            self._fork_child(index)
+        if self._beat_wanted:
+            self._fork_beat()
+        log.info("worker %s: %d processes", self._name, len(self._places))
+        while not (self._draining is not None and self._all_gone()):
+            self._turn()
+        self._end_agent()
+        if self._reload:
+            log.warning("worker %s starts afresh", self._name)
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again
+        return 0
+
+    def _heard(self, number: int, _frame: object) -> None:
+        self._signals.append(number)
+        self._waker.ring()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        poll.register(self._waker.reader, select.POLLIN)
+        poll.poll(self._next_due() * 1000)
+        self._waker.silence()
+        while self._signals:
+            self._take_signal(self._signals.pop(0))
+        self._collect_dead()
+        self._kill_overdue()
+        if self._draining is None:
+            self._replace_dead()
+
+    def _next_due(self) -> float:
+        """Seconds until something must be looked at though no signal comes."""
+        if self._draining is not None or any(place.stopped_at is not None for place in self._places):
+            return 0.2
+        now = time.monotonic()
+        waits = [place.fork_at - now for place in self._places if not place.pid]
+        return max(0.0, min([60.0, *waits]))
+
+    def _take_signal(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            return
+        if number == signal.SIGHUP:
+            self._reload = True
+        again = self._draining is not None or number == signal.SIGQUIT
+        if again:
+            log.warning("worker %s stops now", self._name)
+        else:
+            log.info("worker %s drains: at most %.0f s for running steps", self._name, self._app.conf.drain_timeout)
+        self._draining = time.monotonic() + (0.0 if again else self._app.conf.drain_timeout)
+        for place in self._places:
+            if place.pid:
+                _kill(place.pid, signal.SIGQUIT if again else signal.SIGTERM)
+                _kill(place.pid, signal.SIGCONT)
+        if self._beat_pid:
+            _kill(self._beat_pid, signal.SIGTERM)
+
+    def _all_gone(self) -> bool:
+        return not self._beat_pid and not any(place.pid for place in self._places)
+
+    # The dead
+
+    def _collect_dead(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended(pid, status)
+
+    def _ended(self, pid: int, status: int) -> None:
+        place = next((place for place in self._places if place.pid == pid), None)
+        if os.WIFSTOPPED(status):
+            if place is not None:
+                place.stopped_at = time.monotonic()
+            return
+        if os.WIFCONTINUED(status):
+            if place is not None:
+                place.stopped_at = None
+            return
+        if place is not None:
+            self._child_ended(place, status)
+        elif pid == self._agent_pid:
+            self._agent_pid = 0
+            if self._draining is None or not self._all_gone():
+                log.error("the agent %s; a new one is forked", describe_exit(status))
+                self._fork_agent()
+        elif pid == self._beat_pid:
+            self._beat_pid = 0
+            if self._draining is None:
+                log.error("the beat %s; a new one is forked", describe_exit(status))
+                self._fork_beat()
+
+    def _child_ended(self, place: Place, status: int) -> None:
+        pid, place.pid, place.stopped_at = place.pid, 0, None
+        seat = self._seats.seat(self._places.index(place))
+        clean = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+        if seat.worker_id and not clean:
+            entered = seat.entered
+            # A step that was killed because its drain time was over costs nothing.
+            crashed = [] if entered is None or self._draining is not None else [(entered.id, entered.token)]
+            cause = f"worker process {pid} of {self._name} on {os.uname().nodename} {describe_exit(status)}"
+            self._tell_agent({"worker": seat.worker_id, "entered": crashed, "cause": cause})
+        seat.clear()
+        now = time.monotonic()
+        if now - place.forked_at >= HEALTHY_AFTER:
+            place.pause = 0.0
+        place.fork_at = now + place.pause
+        place.pause = min(FORK_PAUSE_MOST, max(0.05, place.pause * 2))
+        if self._draining is None:
+            level = logging.INFO if clean else logging.WARNING
+            log.log(level, "worker process %d (queue %s) %s; it is replaced", pid, place.queue, describe_exit(status))
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for place in self._places:
+            if not place.pid:
+                continue
+            frozen = place.stopped_at is not None and now - place.stopped_at > STOPPED_CHILD_PATIENCE
+            late = self._draining is not None and now > self._draining + KILL_AFTER_DRAIN
+            if frozen or late:
+                log.warning("worker process %d is killed: it %s", place.pid, "was stopped" if frozen else "does not end")
+                _kill(place.pid, signal.SIGKILL)
+        if self._beat_pid and self._draining is not None and now > self._draining + KILL_AFTER_DRAIN:
+            _kill(self._beat_pid, signal.SIGKILL)
+
+    def _replace_dead(self) -> None:
+        now = time.monotonic()
+        for index, place in enumerate(self._places):
+            if not place.pid and now >= place.fork_at:
+                self._fork_child(index)
+
+    # Forking
+
+    def _fork_child(self, index: int) -> None:
+        place, seats = self._places[index], self._seats
+        seat = seats.seat(index)
+        seat.clear()
+        app, name, drain_timeout = self._app, self._name, self._app.conf.drain_timeout
+        queue, bell = place.queue, place.bell
+        place.forked_at = time.monotonic()
+        place.pid = self._fork(
+            lambda: run_child(app, queue, name, seats, seat, bell, drain_timeout), f"durable:{queue}"
+        )
+
+    def _fork_agent(self) -> None:
+        agent = Agent(
+            self._app,
+            self._name,
+            [place.queue for place in self._places],
+            self._seats,
+            [place.bell for place in self._places],
+            self._inbox,
+        )
+        # The agent must see the end of the pipe when the supervisor is gone, so it keeps no writing end itself.
+        self._agent_pid = self._fork(lambda: self._be_agent(agent), "durable:agent")
+
+    def _be_agent(self, agent: Agent) -> int:
+        os.close(self._to_agent)
+        return agent.run()
+
+    def _fork_beat(self) -> None:
+        app, name = self._app, self._name
+        self._beat_pid = self._fork(lambda: Beat(app, name).run(), "durable:beat")
+
+    def _fork(self, body: Callable[[], int], title: str) -> int:
+        return fork(body, title)
+
+    def _tell_agent(self, message: Mapping[str, object]) -> None:
+        os.write(self._to_agent, json.dumps(message).encode() + b"\n")
+
+    def _end_agent(self) -> None:
+        """Let the agent hand back what killed children left, then end it."""
+        self._tell_agent({"stop": True})
+        until = time.monotonic() + 5.0
+        while self._agent_pid and time.monotonic() < until:
+            self._collect_dead()
+            time.sleep(0.01)
+        if self._agent_pid:
+            _kill(self._agent_pid, signal.SIGKILL)
+            os.waitpid(self._agent_pid, 0)
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it ended a moment ago; waitpid tells
