@@ -324,8 +324,14 @@ class Durable:
         pid = os.getpid()
         watcher = self._watchers.get(pid)
         if watcher is None:
-            watcher = self._watchers[pid] = Watcher(lambda ids: self.run(instances.finished(ids)), self.fetch)
+            watcher = self._watchers[pid] = Watcher(
+                lambda ids: self.run(instances.finished(ids)), self.fetch, self._send_owed_wakeups
+            )
         return watcher
+
+    def _send_owed_wakeups(self) -> None:
+        for operation in self.wakeups.owed():
+            self.run(operation)
 
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)

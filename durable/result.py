@@ -200,11 +200,16 @@ class Watcher:
 
     finished  asks the database which of these ids are finished
     exists    tells whether an id is there at all
+    begun     called when somebody begins to wait, before the first look
     """
 
     def __init__(
-        self, finished: Callable[[Sequence[int]], list[Snapshot]], exists: Callable[[int], Snapshot | None]
+        self,
+        finished: Callable[[Sequence[int]], list[Snapshot]],
+        exists: Callable[[int], Snapshot | None],
+        begun: Callable[[], None],
     ) -> None:
+        self._begun = begun
         self._finished = finished
         self._exists = exists
         self._wake = threading.Condition()
@@ -237,19 +242,21 @@ class Watcher:
         pause = FIRST_POLL
         while True:
             with self._wake:
-                if self._fresh:
-                    pause, self._fresh = FIRST_POLL, False
                 if not self._waiting:
                     self._wake.wait(5.0)
                     if not self._waiting:
                         self._thread = None
                         return
-                    continue
-                if self._wake.wait(pause):
-                    continue  # a new waiter: start again at the shortest distance
-                ids = list(self._waiting)
-            pause = min(pause * 2, LONGEST_POLL)
+                fresh, self._fresh = self._fresh, False
             try:
+                if fresh:
+                    pause = FIRST_POLL
+                    self._begun()
+                with self._wake:
+                    if self._fresh or self._wake.wait(pause):
+                        continue  # a new waiter: start again at the shortest distance
+                    ids = list(self._waiting)
+                pause = min(pause * 2, LONGEST_POLL)
                 self._resolve(self._finished(ids))
                 self._fail_missing()
             except DatabaseUnavailableError as error:

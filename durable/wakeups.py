@@ -2,7 +2,8 @@
 
 Two channels per schema: one for queues (agents listen), one for scheduled rows (beats listen). The first insert into
 a queue notifies at once, then at most one per queue, per 50 ms and process: an agent looks again 50 ms after every
-notification, so that the ones left out cost no more than that. Correctness never depends on any of it.
+notification, so that the ones left out cost no more than that. And when this process begins to wait for a result, it
+sends what it still owes: whoever waits wants it now. Correctness never depends on any of it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Wakeups:
         self._enabled = enabled
         self._clock = clock
         self._last: dict[str, float] = {}
+        self._owed: dict[str, str] = {}
 
     def after_insert(self, batch: Sequence[NewInstance]) -> list[Operation[Any]]:
         """Return the notifications due after the commit of these rows; often none."""
@@ -69,13 +71,24 @@ class Wakeups:
             else:
                 counts[new.queue] = counts.get(new.queue, 0) + 1
                 priorities[new.queue] = min(priorities.get(new.queue, new.priority), new.priority)
-        operations = [
-            self._notify(self._queue_channel, payload(queue, count, priorities[queue]))
-            for queue, count in counts.items()
-            if self._may(queue)
-        ]
+        operations = []
+        for queue, count in counts.items():
+            text = payload(queue, count, priorities[queue])
+            if self._may(queue):
+                operations.append(self._notify(self._queue_channel, text))
+            else:
+                self._owed[queue] = text
         if scheduled and self._may(""):
             operations.append(self._notify(self._due_channel, ""))
+        return operations
+
+    def owed(self) -> list[Operation[Any]]:
+        """Return the notifications that were saved and never made up for."""
+        operations = []
+        while self._owed:
+            queue, text = self._owed.popitem()
+            self._last[queue] = self._clock()
+            operations.append(self._notify(self._queue_channel, text))
         return operations
 
     def in_transaction(self, batch: Iterable[NewInstance]) -> list[Operation[Any]]:
@@ -111,6 +124,7 @@ class Wakeups:
         if now - self._last.get(key, float("-inf")) < INTERVAL:
             return False
         self._last[key] = now
+        self._owed.pop(key, None)
         return True
 
     @staticmethod
