@@ -1,0 +1,1 @@
+"""Benchmarks: every figure a ratio inside one run. `python -m benchmarks --help`."""

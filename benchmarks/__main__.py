@@ -1,0 +1,64 @@
+"""`python -m benchmarks drain`: see each command's help."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import click
+import psycopg
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.database import bench_database
+from benchmarks.drain import measure
+
+
+@click.group()
+def main() -> None:
+    """Measure durable beside the SQL floor, as ratios inside one run."""
+
+
+@main.command()
+@click.option("--count", default=20_000, show_default=True, help="No-op tasks per run.")
+@click.option("--processes", default="1,2", show_default=True, help="Worker processes, a comma between runs.")
+@click.option("--rounds", default=3, show_default=True, help="Interleaved runs of each kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def drain(count: int, processes: str, rounds: int, as_json: bool) -> None:
+    """Empty a queue of no-op tasks, results kept, beside the SQL floor with as many processes."""
+    document = []
+    with bench_database() as database:
+        with psycopg.connect(database.dsn) as connection:
+            version = connection.info.parameter_status("server_version") or "?"
+        for number in (int(text) for text in processes.split(",")):
+            floor, ours = measure(database, count, number, rounds)
+            document.append(
+                {
+                    "processes": number,
+                    "count": count,
+                    "postgres": version,
+                    "python": platform.python_version(),
+                    "floor": floor.runs,
+                    "durable": ours.runs,
+                    "ratio": ours.median / floor.median,
+                }
+            )
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    table = Table(title=f"drain of {count:,} no-op tasks, PostgreSQL {version}, median of {rounds} runs (range)")
+    for column in ("processes", "SQL floor, jobs/s", "durable, jobs/s", "ratio"):
+        table.add_column(column, justify="right")
+    for entry in document:
+        table.add_row(
+            str(entry["processes"]), _range(entry["floor"]), _range(entry["durable"]), f"{entry['ratio']:.2f}"
+        )
+    Console().print(table)
+
+
+def _range(runs: list[float]) -> str:
+    middle = sorted(runs)[len(runs) // 2]
+    return f"{middle:,.0f} ({min(runs):,.0f} to {max(runs):,.0f})"
+
+
+main()
