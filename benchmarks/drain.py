@@ -54,7 +54,18 @@ def run_durable(database: Database, count: int, processes: int) -> float:
     """Return our jobs per second: a real worker command, from its first to its last committed outcome."""
     database.fill(count)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "durable_cli", "-A", "benchmarks.bench_tasks", "worker", "-c", str(processes), "-l", "warning"],
+        [
+            sys.executable,
+            "-m",
+            "durable_cli",
+            "-A",
+            "benchmarks.bench_tasks",
+            "worker",
+            "-c",
+            str(processes),
+            "-l",
+            "warning",
+        ],
         cwd=ROOT,
         env={**os.environ, "DURABLE_DSN": database.dsn, "BENCH_SCHEMA": database.schema},
         stdout=subprocess.DEVNULL,

@@ -7,45 +7,38 @@ first call that needs the database connects, per process and per event loop.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextvars import ContextVar
 from functools import cached_property
-from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
+from typing import Any, TypeVar
 
 import psycopg
 
 from durable import dsn as dsn_module
 from durable import validation
+from durable.batch import Batch, collecting
 from durable.config import Config
-from durable.context import Context
 from durable.errors import (
     ConnectionUsageError,
-    DefinitionError,
-    DuplicateError,
     UnknownTaskError,
     ValidationError,
 )
 from durable.instance import NewInstance, Payload, Snapshot
+from durable.registry import Registry
 from durable.result import AsyncResult, Watcher
-from durable.retry import Backoff, RetryPolicy, default_backoff
 from durable.serialization import Codec
 from durable.sql import Statements
 from durable.storage import instances, migrations
 from durable.storage.pool import ProducerPool
 from durable.storage.session import Operation, arun, run, translated
-from durable.task import AsyncTask, Task, TaskOptions, default_name
+from durable.task import Task
 from durable.wakeups import Wakeups
 
-P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-_batch: ContextVar[Batch | None] = ContextVar("durable_batch", default=None)
 
-
-class Durable:
+class Durable(Registry):
     """An app.
 
     name     for logs and `application_name`
@@ -61,109 +54,9 @@ class Durable:
         self.conf = Config.load(**settings)
         self.database = dsn_module.Database(dsn)
         self.sql = Statements(self.schema)
-        self.tasks: dict[tuple[str, int], Task[..., Any]] = {}
+        super().__init__(self._encode, self._submit, self._asubmit)
         self._embedded_migrated = False
         self._watchers: dict[int, Watcher] = {}
-
-    # Definitions
-
-    @overload
-    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
-    @overload
-    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
-    @overload
-    def task(
-        self,
-        *,
-        bind: Literal[True],
-        name: str | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        version: int = 1,
-        max_attempts: int | None = None,
-        retry_for: Iterable[type[BaseException]] = (Exception,),
-        dont_retry_for: Iterable[type[BaseException]] = (),
-        backoff: Backoff = default_backoff,
-        serializer: str | None = None,
-    ) -> Callable[[Callable[Concatenate[Context, P], R]], Task[P, R]]: ...
-    @overload
-    def task(
-        self,
-        *,
-        bind: Literal[False] = False,
-        name: str | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        version: int = 1,
-        max_attempts: int | None = None,
-        retry_for: Iterable[type[BaseException]] = (Exception,),
-        dont_retry_for: Iterable[type[BaseException]] = (),
-        backoff: Backoff = default_backoff,
-        serializer: str | None = None,
-    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
-
-    def task(
-        self,
-        function: Callable[..., Any] | None = None,
-        /,
-        *,
-        bind: bool = False,
-        name: str | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        version: int = 1,
-        max_attempts: int | None = None,
-        retry_for: Iterable[type[BaseException]] = (Exception,),
-        dont_retry_for: Iterable[type[BaseException]] = (),
-        backoff: Backoff = default_backoff,
-        serializer: str | None = None,
-    ) -> Any:
-        """Register a function as a task: `@app.task` or `@app.task(queue="emails", max_attempts=10)`.
-
-        bind            the function's first argument is the Context
-        name            default `module.function`
-        version         generation; instances finish on the one they started with
-        max_attempts    executions before it fails; default the setting `max_attempts`
-        retry_for, dont_retry_for  which exceptions get another attempt
-        backoff         attempt number from 0 -> seconds to wait
-        serializer      of its arguments and result, instead of the setting
-        Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
-        """
-
-        def register(function: Callable[..., Any]) -> Task[..., Any]:
-            options = TaskOptions(
-                name=default_name(function) if name is None else name,
-                queue=queue,
-                priority=priority,
-                version=version,
-                bind=bind,
-                max_attempts=max_attempts,
-                retry=RetryPolicy(_types(retry_for, "retry_for"), _types(dont_retry_for, "dont_retry_for"), backoff),
-                serializer=serializer,
-            )
-            task: Task[..., Any] = Task(function, options, self._encode, self._submit, self._asubmit)
-            if task.is_async:
-                task = AsyncTask(function, options, self._encode, self._submit, self._asubmit)
-            taken = self.tasks.get((options.name, options.version))
-            if taken is not None and not _same_function(taken.function, function):
-                raise DefinitionError(
-                    f"task {options.name!r} version {options.version} is defined twice: {_place(taken.function)} "
-                    f"and {_place(function)}; rename one or raise its version"
-                )
-            self.tasks[options.name, options.version] = task
-            return task
-
-        return register if function is None else register(function)
-
-    def find_task(self, name: str, version: int | None = None) -> Task[..., Any]:
-        """Return a registered task, the newest version unless told. Raises UnknownTaskError naming near ones."""
-        versions = [v for n, v in self.tasks if n == name]
-        if not versions or (version is not None and version not in versions):
-            what = f"task {name!r}" if version is None else f"task {name!r} version {version}"
-            raise UnknownTaskError(
-                f"no {what} is registered with app {self.name!r}{validation.near(name, {n for n, _ in self.tasks})}"
-            )
-        return self.tasks[name, max(versions) if version is None else version]
 
     # Producing
 
@@ -207,7 +100,7 @@ class Durable:
         Returns the results of those inserted, in order; those whose correlation key is occupied are dropped.
         Raises ValidationError naming the index of a bad one; nothing is inserted then.
         """
-        ids = self._insert_batch(self._prepare_many(targets), connection, notify_in_transaction)
+        ids = self.insert_rows(self._prepare_many(targets), connection, notify_in_transaction)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     async def ainsert_many(
@@ -218,7 +111,7 @@ class Durable:
         notify_in_transaction: bool = True,
     ) -> list[AsyncResult[Any]]:
         """`insert_many` for coroutines."""
-        ids = await self._ainsert_batch(self._prepare_many(targets), connection, notify_in_transaction)
+        ids = await self.ainsert_rows(self._prepare_many(targets), connection, notify_in_transaction)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     def batch(self, *, connection: Any = None) -> Batch:
@@ -361,8 +254,8 @@ class Durable:
 
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
         if connection is None:
-            batch = _batch.get()
-            if batch is not None and batch.app is self:
+            batch = collecting(self)
+            if batch is not None:
                 return batch.add(new)
             with self._pool.connection() as own:
                 instance_id = run(own, self.sql, instances.insert(new))
@@ -378,8 +271,8 @@ class Durable:
 
     async def _asubmit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
         if connection is None:
-            batch = _batch.get()
-            if batch is not None and batch.app is self:
+            batch = collecting(self)
+            if batch is not None:
                 return batch.add(new)
             async with self._pool.aconnection() as own:
                 instance_id = await arun(own, self.sql, instances.insert(new))
@@ -393,9 +286,10 @@ class Durable:
                 await arun(connection, self.sql, operation, foreign=True)
         return AsyncResult(instance_id, self)
 
-    def _insert_batch(
-        self, batch: Sequence[NewInstance], connection: Any, notify_in_transaction: bool
+    def insert_rows(
+        self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
+        """Insert prepared rows in one transaction; return an id per row, None where the key was occupied."""
         if not batch:
             return []
         operation = instances.insert_many(batch)
@@ -413,9 +307,10 @@ class Durable:
                 run(connection, self.sql, wakeup, foreign=True)
         return ids
 
-    async def _ainsert_batch(
-        self, batch: Sequence[NewInstance], connection: Any, notify_in_transaction: bool
+    async def ainsert_rows(
+        self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
+        """`insert_rows` for coroutines."""
         if not batch:
             return []
         operation = instances.insert_many(batch)
@@ -446,78 +341,9 @@ class Durable:
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"
 
 
-class Batch:
-    """Collects `.delay()` calls and inserts them together when the block ends.
-
-    duplicates  results of those that were dropped because their correlation key was occupied
-    """
-
-    def __init__(self, app: Durable, connection: Any) -> None:
-        self.app = app
-        self.duplicates: list[AsyncResult[Any]] = []
-        self._connection = connection
-        self._collected: list[tuple[NewInstance, AsyncResult[Any]]] = []
-        self._outer: Batch | None = None
-
-    def add(self, new: NewInstance) -> AsyncResult[Any]:
-        """Take one in and return the result that gets its id later."""
-        result: AsyncResult[Any] = AsyncResult(None, self.app)
-        self._collected.append((new, result))
-        return result
-
-    def __enter__(self) -> Batch:
-        self._outer = _batch.get()
-        _batch.set(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _batch.set(self._outer)
-        if kind is None:
-            self._settle(self.app._insert_batch([new for new, _ in self._collected], self._connection, True))
-
-    async def __aenter__(self) -> Batch:
-        return self.__enter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _batch.set(self._outer)
-        if kind is None:
-            self._settle(await self.app._ainsert_batch([new for new, _ in self._collected], self._connection, True))
-
-    def _settle(self, ids: Sequence[int | None]) -> None:
-        for (new, result), instance_id in zip(self._collected, ids, strict=True):
-            if instance_id is not None:
-                result._settle(instance_id)
-                continue
-            key = cast(str, new.correlation_key)
-            result._settle(None, lambda key=key: DuplicateError(key, None))  # type: ignore[misc]
-            self.duplicates.append(result)
-
-
 def _cancel_key(key: str, reason: str) -> Operation[bool]:
     instance_id = yield from instances.occupant(key)
     return False if instance_id is None else (yield from instances.cancel(instance_id, reason))
-
-
-def _types(value: Any, what: str) -> tuple[type[BaseException], ...]:
-    types = (value,) if isinstance(value, type) else tuple(value)
-    for entry in types:
-        if not isinstance(entry, type) or not issubclass(entry, BaseException):
-            raise DefinitionError(f"{what} holds {validation.shown(entry)}, which is no exception class")
-    return types
-
-
-def _place(function: Callable[..., Any]) -> str:
-    code = getattr(function, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
-
-
-def _same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether a module was merely imported again (reloaded, or once as `__main__`)."""
-    return _place(one) == _place(other)
 
 
 def _usable(connection: Any, kind: type[Any]) -> None:

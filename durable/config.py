@@ -23,10 +23,10 @@ _FALSE = {"0", "false", "no", "off"}
 
 
 def _seconds(name: str, value: Any) -> float:
-    value = _number(name, value)
-    if not 0 < value <= 315_360_000:
+    seconds = _number(name, value)
+    if not 0 < seconds <= 315_360_000:
         raise ConfigError(f"{name} must be more than 0 seconds (and at most ten years), got {shown(value)}")
-    return value
+    return seconds
 
 
 def _seconds_or_zero(name: str, value: Any) -> float:
@@ -103,9 +103,13 @@ class Config:
 
     lease_ttl: float = _setting(20.0, _seconds, "seconds a worker process counts as alive after its last heartbeat")
     heartbeat_interval: float = _setting(5.0, _seconds, "seconds between an agent's heartbeats")
-    reconcile_interval: float = _setting(15.0, _seconds, "seconds between a worker's checks for rows it owns unknowingly")
+    reconcile_interval: float = _setting(
+        15.0, _seconds, "seconds between a worker's checks for rows it owns unknowingly"
+    )
     reaper_interval: float = _setting(5.0, _seconds, "seconds between searches for rows of dead workers")
-    reaper_grace: float = _setting(20.0, _seconds_or_zero, "seconds after a start of Postgres in which nothing is reaped")
+    reaper_grace: float = _setting(
+        20.0, _seconds_or_zero, "seconds after a start of Postgres in which nothing is reaped"
+    )
     poll_interval: float = _setting(1.0, _seconds, "seconds between an agent's idle queries, the floor under NOTIFY")
     max_poll_interval: float = _setting(5.0, _seconds, "longest wait in seconds between tries to reach a database away")
     gc_interval: float = _setting(60.0, _seconds, "seconds between sweeps of what retention no longer holds")
@@ -167,7 +171,7 @@ class Config:
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, **values: Any) -> Config:
-        """Return settings from `DURABLE_*` variables, overridden by `values`. Raises ConfigError naming what is wrong."""
+        """Return settings from `DURABLE_*` variables, overridden by `values`. Raises ConfigError."""
         config = cls()
         from_environment: dict[str, Any] = {}
         for name in cls.names():

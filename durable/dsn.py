@@ -56,7 +56,9 @@ def check(dsn: str, source: str) -> str:
     try:
         parts = conninfo_to_dict(dsn)
     except ProgrammingError:
-        raise ConfigError(f"{source} is no valid Postgres DSN (postgresql://user:password@host:port/database)") from None
+        raise ConfigError(
+            f"{source} is no valid Postgres DSN (postgresql://user:password@host:port/database)"
+        ) from None
     if not parts:
         raise ConfigError(f"{source} is empty; give postgresql://user:password@host:port/database")
     return dsn

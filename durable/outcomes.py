@@ -1,7 +1,7 @@
 """What a step may return, and the exceptions by which user code steers instead of failing.
 
-`Done`, `Stop` and `Retry` are outcomes; a plain return value of a task means `Done(value)`. `Cancel` and `RetryRequested`
-and `Abort` are control flow and do not derive from `DurableError`, so that `except DurableError` cannot eat them.
+`Done`, `Stop` and `Retry` are outcomes; a plain return value of a task means `Done(value)`. `Cancel` and
+`RetryRequested` are control flow and do not derive from `DurableError`, so that `except DurableError` cannot eat them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Retry:
         check_delay(self.delay, "Retry(delay=...)")
 
 
-class Cancel(Exception):  # noqa: N818 - control flow, not an error
+class Cancel(Exception):
     """Raised by a step: the instance fails at once with this reason, whatever attempts are left."""
 
     def __init__(self, reason: Any = None) -> None:
@@ -57,7 +57,7 @@ class Cancel(Exception):  # noqa: N818 - control flow, not an error
         self.reason = reason
 
 
-class RetryRequested(Exception):  # noqa: N818 - control flow, not an error
+class RetryRequested(Exception):
     """What `ctx.retry(...)` returns to be raised: another attempt after `delay` seconds (None: the task's backoff)."""
 
     def __init__(self, delay: float | None = None, cause: BaseException | None = None) -> None:

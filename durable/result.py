@@ -136,7 +136,7 @@ class AsyncResult(Generic[R]):
         if self._final is None:
             waiter = self._source.wait_for(self.id)
             try:
-                self._keep(await asyncio.wait_for(asyncio.wrap_future(waiter), seconds))
+                self._keep(await _wrapped(waiter, seconds))
             except TimeoutError:
                 raise self._timed_out(seconds) from None
             finally:
@@ -176,6 +176,10 @@ class AsyncResult(Generic[R]):
         return hash(self.id)
 
 
+async def _wrapped(waiter: Future[Snapshot], seconds: float | None) -> Snapshot:
+    return await asyncio.wait_for(asyncio.wrap_future(waiter), seconds)
+
+
 def _check_wait(allow_in_step: bool) -> None:
     step = current()
     if step is not None and not allow_in_step:
@@ -190,9 +194,7 @@ def _failure(snapshot: Snapshot) -> TaskFailed | None:
         return None
     error = snapshot.error or {}
     kind = TaskCancelled if snapshot.status == "cancelled" else TaskFailed
-    return kind(
-        snapshot.id, error.get("type", snapshot.status), error.get("message", ""), error.get("traceback") or ""
-    )
+    return kind(snapshot.id, error.get("type", snapshot.status), error.get("message", ""), error.get("traceback") or "")
 
 
 class Watcher:

@@ -96,7 +96,7 @@ class Codec:
         content_type = self._loaders.get(name)
         if content_type is None:
             raise CorruptRowError(
-                f"{what} is {type_name!r}, which accept_content = {sorted(self.accept)} does not list; it was not loaded"
+                f"{what} is {type_name!r}, which accept_content = {sorted(self.accept)} doesn't list; it was not loaded"
             )
         try:
             data = kombu_compression.decompress(body, packing) if packing else body

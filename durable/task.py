@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
@@ -35,7 +35,9 @@ class Submit(Protocol):
 class ASubmit(Protocol):
     """`Submit` for coroutines."""
 
-    def __call__(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> Awaitable[AsyncResult[Any]]: ...
+    def __call__(
+        self, new: NewInstance, connection: Any, notify_in_transaction: bool
+    ) -> Awaitable[AsyncResult[Any]]: ...
 
 
 Encode = Callable[[Any, str, str | None], Payload]
@@ -51,7 +53,7 @@ class TaskOptions:
     version: int = 1
     bind: bool = False
     max_attempts: int | None = None
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     serializer: str | None = None
 
     def __post_init__(self) -> None:

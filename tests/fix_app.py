@@ -99,7 +99,9 @@ def durable_worker(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         command = Command(folder, list(arguments), environment)
         commands.append(command)
         if wait and arguments[0] == "worker":
-            wait_until(lambda: command.children("durable:") or command.process.poll() is not None, what="a worker child")
+            wait_until(
+                lambda: command.children("durable:") or command.process.poll() is not None, what="a worker child"
+            )
         return command
 
     yield start

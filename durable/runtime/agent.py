@@ -265,9 +265,7 @@ class Agent:
 
     def _idle(self, queue: str) -> list[int]:
         return [
-            index
-            for index, name in enumerate(self._queues)
-            if name == queue and self._seats.seat(index).state == IDLE
+            index for index, name in enumerate(self._queues) if name == queue and self._seats.seat(index).state == IDLE
         ]
 
     def _ring(self, queue: str, count: int, flags: int) -> None:
@@ -286,9 +284,7 @@ class Agent:
     def _heartbeat(self) -> None:
         ttl = self._app.conf.lease_ttl
         seated = {
-            seat.worker_id: index
-            for index in range(self._seats.count)
-            if (seat := self._seats.seat(index)).worker_id
+            seat.worker_id: index for index in range(self._seats.count) if (seat := self._seats.seat(index)).worker_id
         }
         if not seated:
             return
@@ -330,7 +326,9 @@ class Agent:
         conf = self._app.conf
         self._gc_look_at = time.monotonic() + conf.beat_grace
         if conf.gc and self._link.run(maintenance.take_duty("gc", conf.gc_interval + conf.beat_grace)):
-            log.warning("no beat has collected garbage for %.0f s; start `durable beat`", conf.gc_interval + conf.beat_grace)
+            log.warning(
+                "no beat has collected garbage for %.0f s; start `durable beat`", conf.gc_interval + conf.beat_grace
+            )
             collect(self._link, conf)
 
     def _pause(self, seconds: float) -> bool:

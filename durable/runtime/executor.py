@@ -36,7 +36,9 @@ class Executor:
     max_attempts  for tasks that set none
     """
 
-    def __init__(self, app: Any, tasks: Mapping[tuple[str, int], Task[..., Any]], codec: Codec, max_attempts: int) -> None:
+    def __init__(
+        self, app: Any, tasks: Mapping[tuple[str, int], Task[..., Any]], codec: Codec, max_attempts: int
+    ) -> None:
         self._app = app
         self._tasks = tasks
         self._codec = codec
@@ -54,10 +56,8 @@ class Executor:
         context = Context(claimed, self._app, log)
         try:
             with entered(context):
-                if task.options.bind:
-                    value = task.function(context, *args, **kwargs)
-                else:
-                    value = task.function(*args, **kwargs)
+                call = task.function
+                value = call(context, *args, **kwargs) if task.options.bind else call(*args, **kwargs)
                 if task.is_async:
                     value = self._run_coroutine(value)
             return self._outcome(claimed, task, value)
@@ -68,7 +68,12 @@ class Executor:
         except BaseException as error:
             log.warning(
                 "step failed",
-                extra={"instance": claimed.id, "task": claimed.machine, "attempt": claimed.attempt, "error": repr(error)[:200]},
+                extra={
+                    "instance": claimed.id,
+                    "task": claimed.machine,
+                    "attempt": claimed.attempt,
+                    "error": repr(error)[:200],
+                },
             )
             if task.options.retry.retries(error):
                 return self._again(claimed, task, None, error)
@@ -88,7 +93,9 @@ class Executor:
             return self._stopped(claimed, task, value.reason, "Stop")
         if inspect.iscoroutine(value):
             value.close()
-            return _failed(claimed, OutcomeError(f"{task.name} returned a coroutine: declare it `async def`, or await it"))
+            return _failed(
+                claimed, OutcomeError(f"{task.name} returned a coroutine: declare it `async def`, or await it")
+            )
         if isinstance(value, Done):
             value = value.result
         try:
@@ -106,7 +113,9 @@ class Executor:
         message = "" if reason is None else reason if isinstance(reason, str) else repr(reason)
         return Commit(claimed, "failed", payload, error=_error_text(kind, message, ""), attempt=claimed.attempt)
 
-    def _again(self, claimed: Claimed, task: Task[..., Any], delay: float | None, error: BaseException | None) -> Commit:
+    def _again(
+        self, claimed: Claimed, task: Task[..., Any], delay: float | None, error: BaseException | None
+    ) -> Commit:
         """Another attempt after `delay` seconds (None: the task's backoff), or the end when none is left."""
         limit = claimed.max_attempts or task.options.max_attempts or self._max_attempts
         if error is None:

@@ -75,7 +75,9 @@ class Flusher:
             return self.flush(worker, batch[:middle]) | self.flush(worker, batch[middle:])
         (commit,) = batch
         log.error(
-            "an outcome can't be committed: %s", describe(error), extra={"instance": commit.claimed.id, "task": commit.claimed.machine}
+            "an outcome can't be committed: %s",
+            describe(error),
+            extra={"instance": commit.claimed.id, "task": commit.claimed.machine},
         )
         if commit.status == "failed" and commit.result is None:
             raise error  # even the plain failure can't be stored: not this outcome's fault

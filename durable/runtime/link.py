@@ -23,7 +23,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):  # noqa: N818 - control flow
+class Stopped(Exception):
     """The process was asked to stop while the database was away."""
 
 

@@ -23,9 +23,9 @@ def fork(body: Callable[[], int], title: str) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if pid:
-        return pid
-    _child(body, title, parent)
+    if pid == 0:
+        _child(body, title, parent)
+    return pid
 
 
 def _child(body: Callable[[], int], title: str, parent: int) -> NoReturn:

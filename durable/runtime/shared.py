@@ -41,8 +41,8 @@ class SharedSeats:
     def __init__(self, count: int) -> None:
         self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1) * 8))
         view = memoryview(self._memory)
-        self._integers = view.cast("q")
-        self._floats = view.cast("d")
+        self._integers: memoryview[int] = view.cast("q")
+        self._floats: memoryview[float] = view.cast("d")
         self._database_up = count * _FIELDS
         self.count = count
 
@@ -65,7 +65,7 @@ class Seat:
 
     __slots__ = ("_base", "_floats", "_integers")
 
-    def __init__(self, integers: memoryview, floats: memoryview, base: int) -> None:
+    def __init__(self, integers: memoryview[int], floats: memoryview[float], base: int) -> None:
         self._integers = integers
         self._floats = floats
         self._base = base

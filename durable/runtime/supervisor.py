@@ -80,7 +80,9 @@ class Supervisor:
     def run(self) -> int:
         """Run until stopped by a signal; return the exit code. After SIGHUP it replaces itself by a fresh one."""
         if threading.active_count() > 1:
-            log.warning("importing the app started threads; forking with threads is unsafe, start them in tasks instead")
+            log.warning(
+                "importing the app started threads; forking with threads is unsafe, start them in tasks instead"
+            )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, self._heard)
         gc.collect()
@@ -207,7 +209,9 @@ class Supervisor:
             frozen = place.stopped_at is not None and now - place.stopped_at > STOPPED_CHILD_PATIENCE
             late = self._draining is not None and now > self._draining + KILL_AFTER_DRAIN
             if frozen or late:
-                log.warning("worker process %d is killed: it %s", place.pid, "was stopped" if frozen else "does not end")
+                log.warning(
+                    "worker process %d is killed: it %s", place.pid, "was stopped" if frozen else "does not end"
+                )
                 _kill(place.pid, signal.SIGKILL)
         if self._beat_pid and self._draining is not None and now > self._draining + KILL_AFTER_DRAIN:
             _kill(self._beat_pid, signal.SIGKILL)

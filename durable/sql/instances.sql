@@ -166,3 +166,10 @@ GROUP BY status ORDER BY status;
 SELECT id, machine, finished_at, error FROM {schema}.history
 WHERE status = 'failed' AND finished_at > clock_timestamp() - interval '1 day'
 ORDER BY finished_at DESC LIMIT %(limit)s;
+
+-- name: executions
+-- How the finished instances of a queue got there. Params: queue text.
+-- Rows: done; with other than one committed outcome; with a crash behind them; handed on unstarted.
+SELECT count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE version <> 1),
+       count(*) FILTER (WHERE crashes > 0), count(*) FILTER (WHERE token > 1 AND crashes = 0)
+FROM {schema}.history WHERE queue = %(queue)s;

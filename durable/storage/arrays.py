@@ -112,10 +112,7 @@ class TextArray(Array):
 
     def elements(self) -> bytes:
         return b"".join(
-            [
-                _NULL if value is None else _length(len(encoded := value.encode())) + encoded
-                for value in self.values
-            ]
+            [_NULL if value is None else _length(len(encoded := value.encode())) + encoded for value in self.values]
         )
 
 
@@ -131,7 +128,9 @@ def _dumper(array: type[Array]) -> type[adapt.Dumper]:
     return ArrayDumper
 
 
-_DUMPERS = {array: _dumper(array) for array in (Int8Array, Int4Array, Float8Array, TimestampArray, ByteaArray, TextArray)}
+_DUMPERS = {
+    array: _dumper(array) for array in (Int8Array, Int4Array, Float8Array, TimestampArray, ByteaArray, TextArray)
+}
 
 
 def register(adapters: adapt.AdaptersMap) -> None:

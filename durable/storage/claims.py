@@ -77,7 +77,7 @@ def claim_suspect(worker: int, queue: str, unknown: Sequence[str]) -> Operation[
 def held(worker: int) -> Operation[dict[int, int]]:
     """Return id -> token of everything the worker holds in the database."""
     rows = yield "held", {"worker": worker}
-    return dict(rows)  # type: ignore[arg-type]
+    return dict(rows)
 
 
 def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None = None) -> Operation[dict[str, int]]:

@@ -120,6 +120,4 @@ def listing(
     queue: str | None, status: str | None, machine: str | None, limit: int | None, before: int | None = None
 ) -> Operation[list[Row]]:
     """Return instances newest first; `limit` None for all."""
-    return (
-        yield "list", {"queue": queue, "status": status, "machine": machine, "before": before, "limit": limit}
-    )
+    return (yield "list", {"queue": queue, "status": status, "machine": machine, "before": before, "limit": limit})

@@ -64,7 +64,7 @@ def register(identity: Identity, ttl: float) -> Operation[int]:
 
 
 def heartbeat(ids: Sequence[int], ttl: float) -> Operation[set[int]]:
-    """Extend leases to `ttl` seconds from the database's now; return those still alive, the others are dead for ever."""
+    """Extend leases to `ttl` seconds from now; return those still alive, the others are dead for ever."""
     rows = yield "heartbeat", {"ids": Int8Array(sorted(ids)), "ttl": ttl}
     return {row[0] for row in rows}
 

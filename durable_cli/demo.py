@@ -1,0 +1,201 @@
+"""`durable demo`: what a newcomer sees in under a minute.
+
+A Postgres, a worker command on two queues and a beat; every Python file of the standard library becomes a task; in
+the middle a worker process is killed with -9 in front of the user; at the end everything was processed all the same.
+Works in its own schema, made anew each time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import psycopg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from durable import AsyncResult
+from durable.errors import DurableError
+from durable.instance import Snapshot
+from durable.sql import quote_identifier
+from durable.storage import instances
+from durable.storage.session import single
+from durable_cli.demo_tasks import TOP, app, index_file, summarise
+
+KILL_AT = 0.35
+"""Share of the files after which a worker process is killed."""
+CHUNK = 100
+PATIENCE = 300.0
+
+
+@click.command()
+@click.option("--files", "limit", type=click.IntRange(10, 100_000), help="Index at most this many files.")
+@click.option("-c", "--concurrency", type=click.IntRange(2, 64), default=2, help="Worker processes for the files.")
+def demo(limit: int | None, concurrency: int) -> None:
+    """Index the standard library on real workers, and kill one of them on the way."""
+    console = Console(highlight=False)
+    sources = _sources(limit)
+    where = "the database of DURABLE_DSN" if not app.database.embedded else "an embedded Postgres"
+    console.print(f"[bold]durable demo[/]: {len(sources)} Python files of {_library()}, one task each\n")
+    version = _fresh_schema()
+    console.print(f"  {where}, PostgreSQL {version}, schema {app.schema}")
+    with tempfile.TemporaryDirectory(prefix="durable-demo-") as folder, _cluster(Path(folder), concurrency) as pids:
+        console.print(f"  durable worker -Q files:{concurrency},summary:1   (pid {pids[0]})")
+        console.print(f"  durable beat                        (pid {pids[1]})\n")
+        started = time.monotonic()
+        results = app.insert_many([(index_file, {"args": (str(path),)}) for path in sources])
+        console.print(f"  {len(results)} tasks inserted in {time.monotonic() - started:.2f} s\n")
+        victim = _watch(console, results)
+        seconds = time.monotonic() - started
+        total = _aggregate(results)
+        _report(console, results, total, victim, seconds)
+    app.close()
+
+
+def _library() -> Path:
+    return Path(os.__file__).resolve().parent
+
+
+def _sources(limit: int | None) -> list[Path]:
+    root = _library()
+    skipped = {"site-packages", "dist-packages", "__pycache__"}
+    found = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    return found[:limit]
+
+
+def _fresh_schema() -> str:
+    """Drop and make the demo's schema; return the server's version."""
+    with psycopg.connect(app.database.dsn(), autocommit=True) as connection:
+        connection.execute("SET client_min_messages = warning")
+        connection.execute(f"DROP SCHEMA IF EXISTS {quote_identifier(app.schema)} CASCADE")
+        version = connection.info.parameter_status("server_version") or "?"
+    app.migrate()
+    return version.split()[0]
+
+
+@contextmanager
+def _cluster(folder: Path, concurrency: int) -> Iterator[tuple[int, int]]:
+    """Run a worker command and a beat; both are gone afterwards, whatever happened."""
+    base = [sys.executable, "-m", "durable_cli", "-A", "durable_cli.demo_tasks"]
+    commands = (["worker", "-Q", f"files:{concurrency},summary:1"], ["beat"])
+    logs = [folder / "worker.log", folder / "beat.log"]
+    processes = []
+    try:
+        for arguments, log in zip(commands, logs, strict=True):
+            with log.open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [*base, *arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        # A terminal's Ctrl-C is ours: we stop them in order.
+                        start_new_session=True,
+                    )
+                )
+        _wait_for_workers(processes, logs, concurrency + 1)
+        yield processes[0].pid, processes[1].pid
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for_workers(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], count: int) -> None:
+    until = time.monotonic() + 30
+    while len(_workers()) < count:
+        for process, log in zip(processes, logs, strict=True):
+            if process.poll() is not None or time.monotonic() > until:
+                tail = log.read_text(errors="replace")[-2000:]
+                raise DurableError(f"{process.args[4:]!r} did not start; it said:\n{tail}")  # type: ignore[index]
+        time.sleep(0.05)
+
+
+def _workers() -> list[tuple[int, int, str]]:
+    """Return (worker id, pid, queue) of the live worker processes."""
+    rows = app.run(single("workers"))
+    return [(row[0], row[4], row[5]) for row in rows if row[1] == "worker" and row[10]]
+
+
+def _watch(console: Console, results: Sequence[AsyncResult[Any]]) -> int | None:
+    """Show progress until every file is done; kill a worker process on the way."""
+    waiting = {result.id for result in results}
+    victim: int | None = None
+    columns = (TextColumn("  indexing"), BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn())
+    until = time.monotonic() + PATIENCE
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("files", total=len(results))
+        while waiting:
+            finished: list[Snapshot] = app.run(instances.finished(sorted(waiting)))
+            waiting -= {snapshot.id for snapshot in finished}
+            progress.update(bar, completed=len(results) - len(waiting))
+            if victim is None and len(waiting) < len(results) * (1 - KILL_AT):
+                victim = _kill_one(progress.console)
+            if time.monotonic() > until:
+                raise DurableError(f"{len(waiting)} files were not indexed within {PATIENCE:.0f} s")
+            time.sleep(0.05)
+    return victim
+
+
+def _kill_one(console: Console) -> int | None:
+    """Kill the worker process of the queue `files` that holds most with -9; return its pid."""
+    files = [row for row in app.run(single("workers")) if row[1] == "worker" and row[5] == "files" and row[10]]
+    if not files:
+        return None
+    pid, busy = max(((row[4], row[11]) for row in files), key=lambda entry: entry[1])
+    os.kill(pid, signal.SIGKILL)
+    console.print(f"  [bold red]kill -9 {pid}[/]   a worker process dies with {busy} claimed files")
+    return pid
+
+
+def _aggregate(results: Sequence[AsyncResult[Any]]) -> dict[str, Any]:
+    """Sum the indexes up with tasks of the other queue, and return the sum."""
+    indexes = [result.result for result in results if result.successful()]
+    with app.batch():
+        partial = [summarise.delay(indexes[at : at + CHUNK]) for at in range(0, len(indexes), CHUNK)]
+    return summarise.delay([result.get(timeout=60) for result in partial]).get(timeout=60)
+
+
+def _report(
+    console: Console, results: Sequence[AsyncResult[Any]], total: dict[str, Any], victim: int | None, seconds: float
+) -> None:
+    done, doubled, twice, moved = app.run(single("executions", {"queue": "files"}))[0]
+    console.print(
+        f"\n  [bold green]{done} of {len(results)} files processed, {len(results) - done} lost, "
+        f"{doubled} committed twice[/]"
+    )
+    if victim is not None:
+        console.print(
+            f"  {twice} started twice (the killed process was in the middle of it); "
+            f"{moved} waited in a buffer and went to another process"
+        )
+    console.print(f"  {done / seconds:.0f} files per second, {seconds:.1f} s in all")
+    imports = sorted(total["imports"].items(), key=lambda item: -item[1])[:TOP]
+    console.print(
+        f"\n  {total['lines']:,} lines, {total['functions']:,} functions, {total['classes']:,} classes; most imported: "
+        + ", ".join(name for name, _ in imports)
+    )
+    console.print("\nWhat to type next:")
+    for command, what in (
+        ("durable -A durable_cli.demo_tasks list --limit 5", "what is left in the history"),
+        (f"durable -A durable_cli.demo_tasks show {results[0].id}", "everything about one instance"),
+        ("durable server psql -c 'SELECT * FROM durable_demo.instance_view LIMIT 3'", "it is only Postgres"),
+    ):
+        console.print(f"  {command:<76} {what}", soft_wrap=True)
+    console.print("  ... and the ten-line tasks file in README.md")
+    if done != len(results) or doubled:
+        raise DurableError(f"{len(results) - done} files lost, {doubled} committed twice: this should never happen")
