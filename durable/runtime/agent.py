@@ -279,6 +279,14 @@ class Agent:
                 self._seats.seat(index).hint(flags)
             self._bells[index].ring()
 
+    def _hint_suspect(self, queue: str) -> None:
+        """Have one child claim a suspect: an idle one, else a busy one, which lets its buffer run dry for it."""
+        seats = self._idle(queue) or [index for index, name in enumerate(self._queues) if name == queue]
+        index = seats[self._turn_of.get(queue, 0) % len(seats)]
+        self._turn_of[queue] = self._turn_of.get(queue, 0) + 1
+        self._seats.seat(index).hint(SUSPECT)
+        self._bells[index].ring()
+
     # On the clock
 
     def _heartbeat(self) -> None:
@@ -306,7 +314,9 @@ class Agent:
         self._probe_at = time.monotonic() + self._app.conf.poll_interval
         for queue, waiting in probe.waiting.items():
             if waiting:
-                self._ring(queue, waiting, RESCAN | SUSPECT)
+                self._ring(queue, waiting, RESCAN)
+        for queue in probe.suspects:
+            self._hint_suspect(queue)
         if probe.due:
             promoted = self._link.run(maintenance.promote(PROMOTE_BATCH))
             for operation in self._app.wakeups.promoted(promoted):

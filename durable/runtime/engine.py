@@ -45,6 +45,8 @@ MAX_PREFETCH = 400
 BEHIND_A_LONG_STEP = 0.05
 """Seconds a step may run before the rows buffered behind it are given back."""
 PROBER_PATIENCE = 5.0
+LATE_CLAIM = 60.0
+"""Seconds after an error during which a claim that we gave up on may still commit on the server."""
 
 
 class Engine:
@@ -92,6 +94,7 @@ class Engine:
         self._suspect = False
         self._alone = False
         self._reconcile_at = math.inf
+        self._suspicious_until = -math.inf
 
     def owns(self, claimed: Claimed) -> bool:
         """Whether a claimed row is still ours."""
@@ -301,7 +304,9 @@ class Engine:
         strange = self._release_strange()
         if strange:
             log.warning("%s gave back %d rows of a claim it never heard of", self._name, strange)
-        self._reconcile_at = time.monotonic() + self._app.conf.reconcile_interval if self._held else math.inf
+        now = time.monotonic()
+        again = self._held or now < self._suspicious_until
+        self._reconcile_at = now + self._app.conf.reconcile_interval if again else math.inf
 
     def _release_strange(self, reason: str | None = None) -> int:
         there = self._link.run(claims.held(self._worker))
@@ -320,6 +325,7 @@ class Engine:
         self._picker.rescan()
         self._more = True
         self._reconcile_at = 0.0
+        self._suspicious_until = time.monotonic() + LATE_CLAIM
 
     # Waiting
 

@@ -35,8 +35,6 @@ from durable.runtime.shared import Bell, SharedSeats
 
 log = logging.getLogger(__name__)
 
-STOPPED_CHILD_PATIENCE = 5.0
-"""Seconds a child may stay stopped (SIGSTOP) before it is killed: the agent would keep its lease alive for ever."""
 KILL_AFTER_DRAIN = 2.0
 """Seconds beyond its drain time after which a child that doesn't end is killed."""
 FORK_PAUSE_MOST = 5.0
@@ -206,7 +204,8 @@ class Supervisor:
         for place in self._places:
             if not place.pid:
                 continue
-            frozen = place.stopped_at is not None and now - place.stopped_at > STOPPED_CHILD_PATIENCE
+            # The agent would keep a stopped child's lease alive for ever.
+            frozen = place.stopped_at is not None and now - place.stopped_at > self._app.conf.heartbeat_interval
             late = self._draining is not None and now > self._draining + KILL_AFTER_DRAIN
             if frozen or late:
                 log.warning(

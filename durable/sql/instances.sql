@@ -105,10 +105,16 @@ WITH gone AS (
 INSERT INTO {schema}.history SELECT * FROM gone;
 
 -- name: show
--- Everything about one instance, payloads as stored. Params: id bigint. Rows: every column.
-SELECT * FROM {schema}.instances WHERE id = %(id)s
-UNION ALL
-SELECT * FROM {schema}.history WHERE id = %(id)s;
+-- Everything about one instance, payloads as stored, and the process that runs it. Params: id bigint.
+-- Rows: inspection.Detail.
+SELECT e.id, e.machine, e.machine_version, e.step, e.queue, e.priority, e.status::text, e.attempt, e.crashes, e.version,
+       e.token, e.max_attempts, e.created_at, e.eligible_at, e.finished_at, e.expires_at, e.correlation_key,
+       e.correlation_scope::text[], e.cancel_requested, e.reason, e.error, e.state_type, e.state, e.result_type, e.result,
+       e.worker_id, w.name, w.host, w.pid
+FROM (SELECT * FROM {schema}.instances WHERE id = %(id)s
+      UNION ALL
+      SELECT * FROM {schema}.history WHERE id = %(id)s) AS e
+LEFT JOIN {schema}.workers AS w ON w.id = e.worker_id;
 
 -- name: list
 -- Live and finished instances, newest first.
@@ -162,8 +168,11 @@ FROM (SELECT status FROM {schema}.instances UNION ALL SELECT status FROM {schema
 GROUP BY status ORDER BY status;
 
 -- name: recent_failures
--- The latest failures. Params: limit bigint. Rows: id, machine, finished_at, error.
-SELECT id, machine, finished_at, error FROM {schema}.history
+-- The latest failures of the last day. Params: limit bigint. Rows: id, machine, queue, finished_at, error.
+SELECT id, machine, queue, finished_at, error
+FROM (SELECT id, machine, queue, status, finished_at, error FROM {schema}.instances WHERE finished_at IS NOT NULL
+      UNION ALL
+      SELECT id, machine, queue, status, finished_at, error FROM {schema}.history) AS every
 WHERE status = 'failed' AND finished_at > clock_timestamp() - interval '1 day'
 ORDER BY finished_at DESC LIMIT %(limit)s;
 

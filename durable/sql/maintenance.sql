@@ -1,20 +1,18 @@
 -- What agents and beats do on a clock. Any number of them may run these at once.
 
 -- name: probe
--- An agent's one idle query: for each of its queues how many rows wait (no more than it has idle children), and
--- whether anything is due or any lease has run out.
--- Params: queues text[], idle bigint[], known text[] ("name:version"). Rows: queue, waiting, due, expired.
+-- An agent's one idle query: for each of its queues how many rows wait (no more than it has idle children), whether
+-- a suspect does, and whether anything is due or any lease has run out.
+-- Params: queues text[], idle bigint[], known text[] ("name:version"). Rows: queue, waiting, suspect, due, expired.
 SELECT q.queue,
        (SELECT count(*) FROM (
             SELECT FROM {schema}.instances AS i
             WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes = 0
               AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])
-            LIMIT q.idle) AS w)
-       + (SELECT count(*) FROM (
-            SELECT FROM {schema}.instances AS i
-            WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes > 0
-              AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])
-            LIMIT q.idle) AS s),
+            LIMIT q.idle) AS w),
+       EXISTS (SELECT FROM {schema}.instances AS i
+               WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes > 0
+                 AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])),
        EXISTS (SELECT FROM {schema}.instances
                WHERE status = 'scheduled' AND eligible_at <= (SELECT clock_timestamp())),
        EXISTS (SELECT FROM {schema}.workers WHERE dead_at IS NULL AND expires_at < clock_timestamp())

@@ -87,3 +87,8 @@ SELECT w.id, w.kind, w.name, w.host, w.pid, w.queue, w.slots, w.started_at, w.he
        w.expires_at > clock_timestamp(),
        (SELECT count(*) FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
 FROM {schema}.workers AS w WHERE w.dead_at IS NULL ORDER BY w.kind, w.name, w.id;
+
+-- name: server
+-- What the overview and a worker's start want to know of the server. Rows: version, database, max_connections.
+SELECT split_part(current_setting('server_version'), ' ', 1), current_database()::text,
+       current_setting('max_connections')::int;

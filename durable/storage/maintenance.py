@@ -12,9 +12,16 @@ from durable.storage.session import Operation
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """waiting: runnable rows per queue, no more than asked for; due, expired: whether there is work for a reaper."""
+    """What an agent's idle query found.
+
+    waiting   runnable rows per queue, no more than asked for
+    suspects  queues in which a row with a crash behind it waits
+    due       whether a scheduled row is due
+    expired   whether a lease has run out
+    """
 
     waiting: dict[str, int]
+    suspects: list[str]
     due: bool
     expired: bool
 
@@ -29,7 +36,12 @@ def probe(idle: Mapping[str, int], known: Sequence[str]) -> Operation[Probe]:
             "known": TextArray(known),
         },
     )
-    return Probe({row[0]: row[1] for row in rows}, any(row[2] for row in rows), any(row[3] for row in rows))
+    return Probe(
+        {row[0]: row[1] for row in rows},
+        [row[0] for row in rows if row[2]],
+        any(row[3] for row in rows),
+        any(row[4] for row in rows),
+    )
 
 
 def promote(limit: int = 1000) -> Operation[dict[str, int]]:

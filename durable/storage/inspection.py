@@ -1,0 +1,170 @@
+"""Looking at a schema, for the command line: instances in full, queues, workers, totals; and emptying a queue.
+
+Not for hot paths: some of these statements read every row. SQL in sql/instances.sql and sql/workers.sql.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from durable.storage import instances
+from durable.storage.session import Operation
+
+
+class Listed(NamedTuple):
+    """One line of a listing; `version` counts committed outcomes."""
+
+    id: int
+    queue: str
+    priority: int
+    status: str
+    machine: str
+    machine_version: int
+    step: str
+    attempt: int
+    crashes: int
+    version: int
+    created_at: datetime
+    eligible_at: datetime
+    finished_at: datetime | None
+    correlation_key: str | None
+    error: dict[str, Any] | None
+    reason: str | None
+
+
+class Detail(NamedTuple):
+    """Everything about one instance; payloads are undecoded, the worker's columns are None while nobody runs it."""
+
+    id: int
+    machine: str
+    machine_version: int
+    step: str
+    queue: str
+    priority: int
+    status: str
+    attempt: int
+    crashes: int
+    version: int
+    token: int
+    max_attempts: int | None
+    created_at: datetime
+    eligible_at: datetime
+    finished_at: datetime | None
+    expires_at: datetime | None
+    correlation_key: str | None
+    correlation_scope: list[str] | None
+    cancel_requested: bool
+    reason: str | None
+    error: dict[str, Any] | None
+    state_type: str
+    state: bytes
+    result_type: str | None
+    result: bytes | None
+    worker_id: int | None
+    worker_name: str | None
+    worker_host: str | None
+    worker_pid: int | None
+
+
+class QueueState(NamedTuple):
+    """One queue: live instances by what they wait for, the oldest runnable one's age in seconds, worker processes."""
+
+    queue: str
+    runnable: int
+    scheduled: int
+    executing: int
+    awaiting: int
+    oldest: float | None
+    workers: int
+
+
+class WorkerState(NamedTuple):
+    """One process with a lease; `busy` counts the rows it holds, running or buffered."""
+
+    id: int
+    kind: str
+    name: str
+    host: str
+    pid: int
+    queue: str | None
+    slots: int
+    started_at: datetime
+    heartbeat_at: datetime
+    expires_at: datetime
+    alive: bool
+    busy: int
+
+
+class Failure(NamedTuple):
+    """One of the latest failures."""
+
+    id: int
+    machine: str
+    queue: str
+    finished_at: datetime
+    error: dict[str, Any] | None
+
+
+class ServerFacts(NamedTuple):
+    """The database server, as seen from a session in it."""
+
+    version: str
+    database: str
+    max_connections: int
+
+
+def listing(
+    queue: str | None, status: str | None, machine: str | None, limit: int | None, before: int | None = None
+) -> Operation[list[Listed]]:
+    """Return instances newest first, live and finished; `limit` None for all, `before` an id they lie below."""
+    rows = yield from instances.listing(queue, status, machine, limit, before)
+    return [Listed(*row) for row in rows]
+
+
+def show(instance_id: int) -> Operation[Detail | None]:
+    """Return everything about one instance, or None if there is none of that id."""
+    rows = yield "show", {"id": instance_id}
+    return Detail(*rows[0]) if rows else None
+
+
+def queues() -> Operation[list[QueueState]]:
+    """Return every queue that has live instances or workers, by name."""
+    rows = yield "queues", {}
+    return [QueueState(*row) for row in rows]
+
+
+def processes() -> Operation[list[WorkerState]]:
+    """Return the worker processes and beats whose lease nobody has ended, by kind and name."""
+    rows = yield "workers", {}
+    return [WorkerState(*row) for row in rows]
+
+
+def totals() -> Operation[dict[str, int]]:
+    """Return status -> number of instances, live and finished; a status without any is missing."""
+    rows = yield "totals", {}
+    return {row[0]: row[1] for row in rows}
+
+
+def recent_failures(limit: int) -> Operation[list[Failure]]:
+    """Return the latest failures of the last day, newest first."""
+    rows = yield "recent_failures", {"limit": limit}
+    return [Failure(*row) for row in rows]
+
+
+def server() -> Operation[ServerFacts]:
+    """Return what the session tells of its server."""
+    rows = yield "server", {}
+    return ServerFacts(*rows[0])
+
+
+def purgeable(queue: str | None) -> Operation[int]:
+    """Return how many instances `purge` would delete."""
+    rows = yield "purgeable", {"queue": queue}
+    return int(rows[0][0])
+
+
+def purge(queue: str | None) -> Operation[int]:
+    """Delete the waiting instances of a queue (None: of all) that never started; return how many."""
+    rows = yield "purge", {"queue": queue}
+    return len(rows)
