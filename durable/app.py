@@ -209,7 +209,9 @@ class Durable(Registry):
 
     @cached_property
     def _pool(self) -> ProducerPool:
-        return ProducerPool(self.dsn, self.schema, self.name, self.conf.pool_size, self.conf.connect_timeout)
+        return ProducerPool(
+            self.dsn, self.schema, self.name, self.conf.pool_size, self.conf.connect_timeout, pooler=self.conf.pooler
+        )
 
     @property
     def _watcher(self) -> Watcher:

@@ -131,7 +131,10 @@ class Config:
     gc: bool = _setting(True, _flag, "whether agents and beats of this app collect garbage")
     pool_size: int = _setting(4, _count, "most connections of a producer process")
     connect_timeout: float = _setting(10.0, _seconds, "seconds a producer waits for a connection")
-    listen_dsn: str | None = _setting(None, _word_or_none, "DSN for LISTEN when `dsn` leads through a pooler")
+    pooler: bool = _setting(False, _flag, "whether the DSN leads through a transaction pooler such as PgBouncer")
+    listen_dsn: str | None = _setting(
+        None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling"
+    )
     notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -29,7 +29,7 @@ from durable.app import Durable
 from durable.runtime import identity
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
-from durable.runtime.listener import Listener
+from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.reaper import reap
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 from durable.storage import claims, maintenance, partitions, workers
@@ -72,11 +72,10 @@ class Agent:
         self._stopping = False
         conf = app.conf
         title = f"durable {app.name} agent {os.getpid()}"
-        self._link = Link(app.dsn, app.sql, title, pinned=True, most_wait=conf.max_poll_interval, pause=self._pause)
-        listen_dsn = conf.listen_dsn
-        self._listener = Listener(
-            app.dsn if listen_dsn is None else lambda: listen_dsn, queue_channel(app.schema), f"{title} listen"
+        self._link = Link(
+            app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
+        self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
         self._known = [f"{task}:{version}" for task, version in app.tasks]
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}

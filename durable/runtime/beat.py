@@ -18,7 +18,7 @@ from durable.app import Durable
 from durable.runtime import identity
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
-from durable.runtime.listener import Listener
+from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.reaper import reap
 from durable.runtime.shared import Bell
 from durable.storage import maintenance, partitions, workers
@@ -43,11 +43,10 @@ class Beat:
         self._stopping = False
         title = f"durable {app.name} beat {os.getpid()}"
         conf = app.conf
-        self._link = Link(app.dsn, app.sql, title, pinned=True, most_wait=conf.max_poll_interval, pause=self._pause)
-        listen_dsn = conf.listen_dsn
-        self._listener = Listener(
-            app.dsn if listen_dsn is None else lambda: listen_dsn, due_channel(app.schema), f"{title} listen"
+        self._link = Link(
+            app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
+        self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen")
         self._worker = 0
         now = time.monotonic()
         self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = now

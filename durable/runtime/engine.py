@@ -78,7 +78,7 @@ class Engine:
             app.dsn,
             app.sql,
             f"durable {app.name} worker {queue} {os.getpid()}",
-            pinned=True,
+            pooler=app.conf.pooler,
             most_wait=app.conf.max_poll_interval,
             pause=self._pause,
         )

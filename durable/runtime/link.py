@@ -40,14 +40,14 @@ class Link:
         sql: Statements,
         name: str,
         *,
-        pinned: bool,
+        pooler: bool,
         most_wait: float,
         pause: Callable[[float], bool],
     ) -> None:
         self._dsn = dsn
         self.sql = sql
         self._name = name
-        self._pinned = pinned
+        self._pooler = pooler
         self._pause = pause
         self._backoff = Backoff(most=most_wait)
         self._connection: Connection | None = None
@@ -73,7 +73,7 @@ class Link:
         told = False
         while True:
             try:
-                connection = connect(self._dsn(), self._name, pinned=self._pinned)
+                connection = connect(self._dsn(), self._name, pinned=True, pooler=self._pooler)
                 self.connected_since = run(connection, self.sql, maintenance.now())
             except (psycopg.Error, DurableError) as error:
                 if not told:

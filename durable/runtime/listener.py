@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import psycopg
 
+from durable.app import Durable
 from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
 from durable.sql import quote_identifier
@@ -25,10 +26,21 @@ PING_EVERY = 5.0
 _PING = "ping "
 
 
-class Listener:
-    """One LISTEN connection on one channel; lost is late, never wrong: the poll finds everything."""
+def listening_dsn(app: Durable) -> Callable[[], str] | None:
+    """Return what gives a DSN to LISTEN on; None behind a transaction pooler, where only polling is left."""
+    dsn = app.conf.listen_dsn
+    if dsn is not None:
+        return lambda: dsn
+    return None if app.conf.pooler else app.dsn
 
-    def __init__(self, dsn: Callable[[], str], channel: str, name: str) -> None:
+
+class Listener:
+    """One LISTEN connection on one channel; lost is late, never wrong: the poll finds everything.
+
+    dsn  gives the DSN; None: never connect
+    """
+
+    def __init__(self, dsn: Callable[[], str] | None, channel: str, name: str) -> None:
         self._dsn = dsn
         self._channel = channel
         self._name = name
@@ -49,7 +61,7 @@ class Listener:
         if self._pinged_at is not None and now - self._pinged_at > PING_EVERY:
             log.warning("%s: the LISTEN connection is silent; it is replaced", self._name)
             self._close()
-        if self.fileno() is not None or now < self._try_at:
+        if self._dsn is None or self.fileno() is not None or now < self._try_at:
             return False
         try:
             self._connection = connect(self._dsn(), self._name)

@@ -33,15 +33,16 @@ class ProducerPool:
     size  most connections per process, and per event loop
     """
 
-    def __init__(self, dsn: Callable[[], str], schema: str, name: str, size: int, timeout: float) -> None:
+    def __init__(
+        self, dsn: Callable[[], str], schema: str, name: str, size: int, timeout: float, *, pooler: bool = False
+    ) -> None:
         self._dsn = dsn
         self._schema = schema
         self._size = size
         self._timeout = timeout
         self._kwargs = {
-            "autocommit": True,
             "application_name": f"durable {name}"[:60],
-            **connection_defaults(timeout),
+            **connection_defaults(timeout, pooler=pooler),
         }
         self._lock = threading.Lock()
         self._sync: psycopg_pool.ConnectionPool[Connection] | None = None

@@ -38,12 +38,10 @@ CONNECTION_LOST = (
 )
 
 
-def execute(
-    connection: Connection, sql: Statements, name: str, parameters: Mapping[str, Any], *, prepare: bool | None = True
-) -> list[Row]:
-    """Run one named statement and return its rows (none for a statement that has none)."""
+def execute(connection: Connection, sql: Statements, name: str, parameters: Mapping[str, Any]) -> list[Row]:
+    """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-    cursor.execute(sql[name], parameters, prepare=prepare, binary=True)
+    cursor.execute(sql[name], parameters, prepare=connection.prepare_threshold is not None, binary=True)
     return cursor.fetchall() if cursor.description is not None else []
 
 
@@ -83,7 +81,8 @@ async def arun(connection: AsyncConnection, sql: Statements, operation: Operatio
             cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
             if foreign:
                 arrays.register(cursor.adapters)
-            await cursor.execute(sql[name], parameters, prepare=None if foreign else True, binary=True)
+            prepare = None if foreign else connection.prepare_threshold is not None
+            await cursor.execute(sql[name], parameters, prepare=prepare, binary=True)
             rows = await cursor.fetchall() if cursor.description is not None else []
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
@@ -94,25 +93,30 @@ def single(name: str, parameters: Mapping[str, Any] | None = None) -> Operation[
     return (yield name, parameters or {})
 
 
-def connect(dsn: str, application_name: str, *, pinned: bool = False, timeout: float = 10.0) -> Connection:
+def connect(
+    dsn: str, application_name: str, *, pinned: bool = False, pooler: bool = False, timeout: float = 10.0
+) -> Connection:
     """Open an autocommit connection for a long-lived process.
 
     pinned   for the hot statements: see PINNED_PLANS
+    pooler   no session state and no prepared statements: they would belong to somebody else's transaction next time
     timeout  seconds to wait for the connection
     Raises psycopg.OperationalError.
     """
     connection = psycopg.connect(
-        dsn, autocommit=True, application_name=application_name[:60], **connection_defaults(timeout)
+        dsn, application_name=application_name[:60], **connection_defaults(timeout, pooler=pooler)
     )
     arrays.register(connection.adapters)
-    if pinned:
+    if pinned and not pooler:
         connection.execute(PINNED_PLANS)
     return connection
 
 
-def connection_defaults(timeout: float) -> dict[str, Any]:
+def connection_defaults(timeout: float, *, pooler: bool = False) -> dict[str, Any]:
     """Keyword arguments for every connection: a silently dead peer is noticed within about half a minute."""
     return {
+        "autocommit": True,
+        "prepare_threshold": None if pooler else 5,
         "connect_timeout": max(2, round(timeout)),
         "keepalives_idle": 10,
         "keepalives_interval": 5,

@@ -28,7 +28,7 @@ class Bench:
     def __init__(self, app: Durable) -> None:
         self.app = app
         self.pauses = 0
-        self.link = Link(app.dsn, app.sql, "test", pinned=True, most_wait=0.1, pause=self._pause)
+        self.link = Link(app.dsn, app.sql, "test", pooler=False, most_wait=0.1, pause=self._pause)
         self.worker = self.link.run(workers.register(own("worker", "bench", "default"), 60))
         self.picker = Picker(self.link, "default")
         self.flusher = Flusher(self.link, self._pause)
