@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FIRST_POLL = 0.001
 LONGEST_POLL = 0.05
+PROBABLY_FINISHED = 0.02
+"""Seconds after which a handle is asked about at once, before anybody waits: a loop over many results stays quick."""
 MISSING_AFTER = 1.0
 """Seconds after which an id that nobody inserted ends a wait; an uncommitted insert has that long to commit."""
 
@@ -53,6 +55,7 @@ class AsyncResult(Generic[R]):
     def __init__(self, instance_id: int | None, source: ResultSource) -> None:
         self._id = instance_id
         self._source = source
+        self._made_at = time.monotonic()
         self._final: Snapshot | None = None
         self._missing: Callable[[], DurableError] | None = None
 
@@ -120,6 +123,8 @@ class AsyncResult(Generic[R]):
         """
         _check_wait(allow_in_step)
         seconds = validation.timeout(timeout)
+        if self._final is None and time.monotonic() - self._made_at > PROBABLY_FINISHED:
+            self._snapshot()
         if self._final is None:
             waiter = self._source.wait_for(self.id)
             try:
@@ -133,6 +138,8 @@ class AsyncResult(Generic[R]):
     async def aget(self, timeout: float | None = None, propagate: bool = True) -> R:
         """`get` for coroutines."""
         seconds = validation.timeout(timeout)
+        if self._final is None and time.monotonic() - self._made_at > PROBABLY_FINISHED:
+            await self.astatus()
         if self._final is None:
             waiter = self._source.wait_for(self.id)
             try:

@@ -218,10 +218,13 @@ class Agent:
             self._link.run(operation)
 
     def _release_predecessors(self) -> None:
-        """Claims of processes of this host and boot that are gone: a command that was killed and started again."""
+        """Claims of commands of this host and boot that are gone: killed, and perhaps started again.
+
+        A command that lives reports its own dead children, and knows what they were running.
+        """
         host = identity.own("worker", self._name)
         gone = [
-            Death(worker, [], f"process {pid} of {name} is gone")
+            Death(worker, [], f"command {pid} ({name}) is gone")
             for worker, pid, started, name in self._link.run(workers.predecessors(host.host, host.boot_id))
             if not identity.exists(pid, started)
         ]

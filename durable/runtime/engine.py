@@ -139,9 +139,10 @@ class Engine:
     def _register(self) -> None:
         before = time.monotonic()
         ttl = self._app.conf.lease_ttl
+        me = identity.own("worker", self._name, self._queue, command=os.getppid())
         while True:
             try:
-                self._worker = self._link.run(workers.register(identity.own("worker", self._name, self._queue), ttl))
+                self._worker = self._link.run(workers.register(me, ttl))
                 break
             except psycopg.Error as error:
                 self._after_error(error)

@@ -1,4 +1,4 @@
-"""Which process this is, for ever: host, boot, pid and the kernel's start time of that pid."""
+"""Which process this is, for ever: host, boot, pid and the kernel's start time of the command it belongs to."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def exists(pid: int, started: str) -> bool:
     return True
 
 
-def own(kind: str, name: str, queue: str | None = None, slots: int = 1) -> Identity:
-    """Return the identity of the calling process."""
+def own(kind: str, name: str, queue: str | None = None, slots: int = 1, command: int | None = None) -> Identity:
+    """Return the identity of the calling process; `command` is the pid of its supervisor, None when it has none."""
     pid = os.getpid()
-    return Identity(kind, name, socket.gethostname(), boot_id(), pid, process_start(pid), queue, slots)
+    command = pid if command is None else command
+    return Identity(kind, name, socket.gethostname(), boot_id(), pid, command, process_start(command), queue, slots)

@@ -1,9 +1,10 @@
 -- Leases of worker processes and beats, and what happens to the rows of those that die.
 
 -- name: register
--- A new lease. Params: kind, name, host, boot_id, process_start, queue text; pid, slots int; ttl float8. Rows: id.
-INSERT INTO {schema}.workers (kind, name, host, boot_id, pid, process_start, queue, slots, expires_at)
-VALUES (%(kind)s, %(name)s, %(host)s, %(boot_id)s, %(pid)s, %(process_start)s, %(queue)s, %(slots)s,
+-- A new lease. Params: kind, name, host, boot_id, command_start, queue text; pid, command_pid, slots int; ttl float8.
+-- Rows: id.
+INSERT INTO {schema}.workers (kind, name, host, boot_id, pid, command_pid, command_start, queue, slots, expires_at)
+VALUES (%(kind)s, %(name)s, %(host)s, %(boot_id)s, %(pid)s, %(command_pid)s, %(command_start)s, %(queue)s, %(slots)s,
         clock_timestamp() + make_interval(secs => %(ttl)s))
 RETURNING id;
 
@@ -76,9 +77,9 @@ FROM judged AS j WHERE i.ctid = j.row
 RETURNING i.id, i.queue, i.status::text, j.crashed;
 
 -- name: predecessors
--- Live leases of this host and boot, to be compared with the processes that exist.
--- Params: host, boot_id text. Rows: id, pid, process_start, name.
-SELECT id, pid, process_start, name FROM {schema}.workers
+-- Live leases of this host and boot, to be compared with the commands that exist.
+-- Params: host, boot_id text. Rows: id, command_pid, command_start, name.
+SELECT id, command_pid, command_start, name FROM {schema}.workers
 WHERE host = %(host)s AND boot_id = %(boot_id)s AND dead_at IS NULL;
 
 -- name: workers

@@ -14,14 +14,18 @@ from durable.storage.session import Operation
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which process a lease belongs to; (host, boot_id, pid, process_start) names it for ever."""
+    """Which process a lease belongs to, and the command it is a part of: itself, or the supervisor that forked it.
+
+    (host, boot_id, command_pid, command_start) names a command for ever.
+    """
 
     kind: str
     name: str
     host: str
     boot_id: str
     pid: int
-    process_start: str
+    command_pid: int
+    command_start: str
     queue: str | None = None
     slots: int = 1
 
@@ -54,7 +58,8 @@ def register(identity: Identity, ttl: float) -> Operation[int]:
             "host": identity.host,
             "boot_id": identity.boot_id,
             "pid": identity.pid,
-            "process_start": identity.process_start,
+            "command_pid": identity.command_pid,
+            "command_start": identity.command_start,
             "queue": identity.queue,
             "slots": identity.slots,
             "ttl": ttl,
@@ -127,6 +132,6 @@ def orphaned() -> Operation[list[tuple[int, str]]]:
 
 
 def predecessors(host: str, boot_id: str) -> Operation[list[tuple[int, int, str, str]]]:
-    """Return (worker id, pid, process_start, name) of this host's and boot's live leases."""
+    """Return (worker id, command_pid, command_start, name) of this host's and boot's live leases."""
     rows = yield "predecessors", {"host": host, "boot_id": boot_id}
     return [(row[0], row[1], row[2], row[3]) for row in rows]

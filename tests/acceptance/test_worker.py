@@ -311,6 +311,11 @@ def _live_workers() -> Any:
     return len([row for row in rows if row[1] == "worker"])
 
 
+def _live_beats() -> Any:
+    rows = yield "workers", {}
+    return len([row for row in rows if row[1] == "beat"])
+
+
 def test_nothing_waits_behind_a_long_step_while_another_process_idles(
     app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command], tmp_path: Path
 ) -> None:
@@ -357,33 +362,32 @@ def test_a_task_that_a_worker_does_not_know_waits_for_one_that_does(
 
 
 def test_a_scheduled_instance_runs_with_a_beat_and_without_one(
-    tasks: dict[str, Any], durable_worker: Callable[..., Command]
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command]
 ) -> None:
     durable_worker("worker", "-c", "1")
     alone = tasks["add"].apply_async((1,), countdown=0.3)
     assert alone.get(timeout=20) == 2
     beat = durable_worker("beat")
+    wait_until(lambda: app.run(_live_beats()) == 1, what="the beat's lease")
     assert tasks["add"].apply_async((2,), countdown=0.3).get(timeout=20) == 3
     assert beat.stop() == 0
 
 
 def test_an_expired_instance_ends_cancelled_without_having_run(
-    tasks: dict[str, Any], durable_worker: Callable[..., Command], tmp_path: Path
+    app: Durable,
+    tasks: dict[str, Any],
+    durable_worker: Callable[..., Command],
+    connection: psycopg.Connection[Any],
+    tmp_path: Path,
 ) -> None:
     marks = tmp_path / "marks"
     result = tasks["mark"].apply_async((str(marks), "x"), expires=0.05)
-    wait_until(lambda: result._source.run(_expired(result.id)))
+    query = f"SELECT expires_at < clock_timestamp() FROM {app.schema}.instances"
+    wait_until(lambda: connection.execute(query).fetchone() == (True,), what="its expiry")
     durable_worker("worker", "-Q", "checkout", "-c", "1")
 
     wait_until(result.ready)
     assert (result.status, result.attempts, lines(marks)) == ("cancelled", 0, [])
-
-
-def _expired(instance_id: int) -> Any:
-    rows = yield "show", {"id": instance_id}
-    now = yield "now", {}
-    expires = next(value for value in rows[0][4:5])
-    return expires < now[0][0]
 
 
 def test_terminated_backends_are_replaced_and_nothing_runs_twice(

@@ -101,7 +101,8 @@ def test_a_connection_lost_before_the_commit_costs_nothing_either(
 def test_one_outcome_that_the_database_refuses_fails_alone(bench: Bench, connection: psycopg.Connection[Any]) -> None:
     rows = bench.claim(41)
     connection.execute(
-        f"ALTER TABLE {bench.app.schema}.history ADD CONSTRAINT no_poison CHECK (result IS DISTINCT FROM 'poison'::bytea)"
+        f"ALTER TABLE {bench.app.schema}.history"
+        " ADD CONSTRAINT no_poison CHECK (result IS DISTINCT FROM 'poison'::bytea)"
     )
     batch = [Commit(row, "done", DONE) for row in rows]
     batch[17].result = Payload("json", b"poison")

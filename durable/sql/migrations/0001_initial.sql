@@ -77,7 +77,8 @@ CREATE TABLE {schema}.workers (
     host         text        NOT NULL,
     boot_id      text        NOT NULL,
     pid          integer     NOT NULL,
-    process_start text       NOT NULL,
+    command_pid  integer     NOT NULL,
+    command_start text       NOT NULL,
     queue        text,
     slots        integer     NOT NULL DEFAULT 1,
     started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -85,6 +86,9 @@ CREATE TABLE {schema}.workers (
     expires_at   timestamptz NOT NULL,
     dead_at      timestamptz
 ) WITH (fillfactor = 50, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
+
+COMMENT ON COLUMN {schema}.workers.command_pid IS 'the supervisor, which reports its dead children itself';
+COMMENT ON COLUMN {schema}.workers.command_start IS 'when the kernel started that process, so that a recycled pid is not taken for it';
 
 CREATE TABLE {schema}.duties (
     name   text        PRIMARY KEY,
