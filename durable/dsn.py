@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 
 from psycopg import ProgrammingError
@@ -12,6 +13,8 @@ from durable.embedded import Server
 from durable.errors import ConfigError
 
 VARIABLE = "DURABLE_DSN"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PORTS = re.compile(r"[0-9,]*")
 
 
 class Database:
@@ -50,15 +53,18 @@ class Database:
 
 def check(dsn: str, source: str) -> str:
     """Return a DSN that names a Postgres database. Raises ConfigError, which never shows it: it may hold a password."""
-    scheme, separator, _ = dsn.partition("://")
-    if separator and scheme not in ("postgresql", "postgres"):
-        raise ConfigError(f"{source} must start with postgresql://, got {scheme}://...")
+    scheme = _SCHEME.match(dsn)
+    if scheme and scheme[1] not in ("postgresql", "postgres"):
+        raise ConfigError(f"{source} must start with postgresql://, got {scheme[1]}://...")
     try:
         parts = conninfo_to_dict(dsn)
     except ProgrammingError:
         raise ConfigError(
             f"{source} is no valid Postgres DSN (postgresql://user:password@host:port/database)"
         ) from None
+    # libpq ends the user part at the first @ or /: the rest of such a password would be shown as a host or a port.
+    if scheme and ("@" in str(parts.get("host", "")) or not _PORTS.fullmatch(str(parts.get("port", "")))):
+        raise ConfigError(f"{source}: write @ as %40, / as %2F and : as %3A in its password; its host or port is none")
     if not parts:
         raise ConfigError(f"{source} is empty; give postgresql://user:password@host:port/database")
     return dsn
