@@ -1,0 +1,146 @@
+"""`durable status`, `queues`, `workers`: what the cluster looks like now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from durable.instance import STATUSES
+from durable.storage import inspection
+from durable.storage.inspection import QueueState, WorkerState
+from durable.storage.session import run
+from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say, seconds
+from durable_cli.run import place
+from durable_cli.session import Session, ask, connected, database_options
+
+RECENT = 5
+_NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "workers", "pid", "busy", "id")
+
+
+@click.command()
+@database_options
+@click.pass_obj
+def queues(session: Session) -> None:
+    """Show what waits and runs in each queue."""
+    found = ask(session.database(), inspection.queues())
+    if session.as_json:
+        print_json([state._asdict() for state in found])
+    elif found:
+        _print_queues(found)
+    else:
+        say("no queue has instances or workers")
+
+
+@click.command()
+@database_options
+@click.pass_obj
+def workers(session: Session) -> None:
+    """Show worker processes and beats."""
+    found = ask(session.database(), inspection.processes())
+    if session.as_json:
+        print_json([state._asdict() for state in found])
+    elif found:
+        _print_workers(found)
+    else:
+        say("no worker and no beat runs")
+
+
+@click.command()
+@database_options
+@click.pass_obj
+def status(session: Session) -> None:
+    """Show one page on everything."""
+    app = session.database()
+    with connected(app) as connection:
+        facts = run(connection, app.sql, inspection.server())
+        totals = run(connection, app.sql, inspection.totals())
+        queue_states = run(connection, app.sql, inspection.queues())
+        processes = run(connection, app.sql, inspection.processes())
+        failures = run(connection, app.sql, inspection.recent_failures(RECENT))
+    beats = [state for state in processes if state.kind == "beat"]
+    worker_states = [state for state in processes if state.kind == "worker"]
+    database = place(app, facts.database)
+    if session.as_json:
+        print_json(
+            {
+                "database": database,
+                "schema": app.schema,
+                "server_version": facts.version,
+                "totals": {name: totals.get(name, 0) for name in STATUSES},
+                "queues": [state._asdict() for state in queue_states],
+                "workers": [state._asdict() for state in worker_states],
+                "beats": [state._asdict() for state in beats],
+                "recent_failures": [failure._asdict() for failure in failures],
+            }
+        )
+        return
+    print_pairs(
+        [
+            ("database", f"{database} (PostgreSQL {facts.version})"),
+            ("schema", app.schema),
+            ("instances", ", ".join(f"{totals[name]:,} {name}" for name in STATUSES if name in totals) or "none"),
+            ("workers", _commands(worker_states) or "none: nothing runs; start `durable worker`"),
+            ("beats", _commands(beats) or "none: scheduled instances may start a second late; start `durable beat`"),
+        ]
+    )
+    if queue_states:
+        heading("Queues")
+        _print_queues(queue_states)
+    if failures:
+        heading("Latest failures")
+        print_table(
+            ("id", "task", "failed", "error"),
+            [(failure.id, failure.machine, failure.finished_at, error_line(failure.error)) for failure in failures],
+            ("id",),
+        )
+
+
+def _commands(states: Iterable[WorkerState]) -> str:
+    """Processes by the name of their command: `shop@host (4 processes)`."""
+    counts: dict[str, list[bool]] = {}
+    for state in states:
+        counts.setdefault(state.name, []).append(state.alive)
+    parts = []
+    for name, alive in counts.items():
+        silent = len(alive) - sum(alive)
+        processes = f"{len(alive)} process{'' if len(alive) == 1 else 'es'}"
+        parts.append(f"{name} ({processes}{f', {silent} silent' if silent else ''})")
+    return ", ".join(parts)
+
+
+def _print_queues(states: Iterable[QueueState]) -> None:
+    rows: list[tuple[Any, ...]] = [
+        (
+            state.queue,
+            state.runnable,
+            state.scheduled,
+            state.executing,
+            state.awaiting,
+            seconds(state.oldest),
+            state.workers,
+        )
+        for state in states
+    ]
+    print_table(
+        ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers"), rows, (*_NUMBERS, "oldest")
+    )
+
+
+def _print_workers(states: Iterable[WorkerState]) -> None:
+    rows = [
+        (
+            state.id,
+            state.kind,
+            state.name,
+            state.host,
+            state.pid,
+            state.queue,
+            state.busy,
+            state.started_at,
+            "yes" if state.alive else "silent",
+        )
+        for state in states
+    ]
+    print_table(("id", "kind", "name", "host", "pid", "queue", "busy", "started", "alive"), rows, _NUMBERS)

@@ -1,0 +1,71 @@
+"""`durable migrate`: the schema."""
+
+from __future__ import annotations
+
+import click
+
+from durable import Durable
+from durable.storage import migrations
+from durable.storage.session import Connection
+from durable_cli.exits import FAILED, USAGE, CommandError
+from durable_cli.output import print_json, print_table, say
+from durable_cli.session import Session, connected, database_options
+
+
+@click.command()
+@click.option("--status", is_flag=True, help="Show applied and pending migrations; exit 1 if any is pending.")
+@click.option("--sql", is_flag=True, help="Print the SQL of the whole schema; connects to nothing.")
+@database_options
+@click.pass_context
+def migrate(ctx: click.Context, status: bool, sql: bool) -> None:
+    """Create or upgrade the schema. Any number may run at once; workers may go on meanwhile."""
+    session: Session = ctx.obj
+    if status and sql:
+        raise CommandError("give --status or --sql, not both", USAGE)
+    app = session.database()
+    if sql:
+        _print_script(session, app)
+        return
+    # Not app.dsn(), which makes the schema of an embedded server by itself.
+    with connected(app, app.database.dsn(), schema_needed=False) as connection:
+        if status:
+            ctx.exit(_print_status(session, app, connection))
+        applied = [f"{migration.id:04}_{migration.name}" for migration in migrations.migrate(connection, app.schema)]
+    if session.as_json:
+        print_json({"schema": app.schema, "applied": applied})
+    else:
+        for name in applied:
+            say(f"applied {name}")
+        say(f"schema {app.schema!r} is up to date")
+
+
+def _print_script(session: Session, app: Durable) -> None:
+    script = migrations.script(app.schema)
+    if session.as_json:
+        print_json({"schema": app.schema, "sql": script})
+    else:
+        say(script)
+
+
+def _print_status(session: Session, app: Durable, connection: Connection) -> int:
+    have = migrations.applied(connection, app.schema)
+    rows = []
+    for migration in migrations.known():
+        state = "pending"
+        if migration.id in have:
+            state = "applied" if have[migration.id][0] == migration.checksum else "applied with another text"
+        rows.append({"id": migration.id, "name": migration.name, "state": state, "breaking": migration.breaking})
+    known = {migration.id for migration in migrations.known()}
+    rows += [
+        {"id": number, "name": None, "state": "applied by newer code", "breaking": breaking}
+        for number, (_, breaking) in sorted(have.items())
+        if number not in known
+    ]
+    pending = sum(row["state"] == "pending" for row in rows)
+    if session.as_json:
+        print_json({"schema": app.schema, "pending": pending, "migrations": rows})
+    else:
+        print_table(("id", "migration", "state"), [(row["id"], row["name"], row["state"]) for row in rows], ("id",))
+        if pending:
+            say(f"schema {app.schema!r}: {pending} pending; run `durable migrate`")
+    return FAILED if pending else 0

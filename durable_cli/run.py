@@ -1,0 +1,162 @@
+"""`durable worker` and `durable beat`: look at the database, say what runs here, run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from psycopg.conninfo import conninfo_to_dict
+
+from durable import Durable, __version__, validation
+from durable.runtime.beat import Beat
+from durable.runtime.process import name_process
+from durable.runtime.supervisor import Supervisor
+from durable_cli import logs, preflight
+from durable_cli.output import flush, note, print_json
+from durable_cli.session import Session, app_options
+from durable_cli.values import NAME, PREFETCH, SECONDS, Checked
+
+MOST_PROCESSES = 1000
+SPARE_CONNECTIONS = 2
+"""Connections of a worker command besides one per process: its agent's."""
+
+
+def _queues(text: str) -> dict[str, int | None]:
+    """Return queue -> processes, None where -c says how many."""
+    queues: dict[str, int | None] = {}
+    for part in text.split(","):
+        name, separator, count = part.strip().partition(":")
+        validation.queue(name)
+        if separator and not (re.fullmatch(r"[0-9]{1,4}", count) and 1 <= int(count) <= MOST_PROCESSES):
+            raise ValueError(
+                f"{part.strip()!r}: after the colon comes a number of processes from 1 to {MOST_PROCESSES}"
+            )
+        if name in queues:
+            raise ValueError(f"queue {name!r} is given twice")
+        queues[name] = int(count) if separator else None
+    return queues
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+loglevel_option = click.option(
+    "-l", "--loglevel", type=click.Choice(logs.LEVELS, case_sensitive=False), default="info", show_default=True,
+    help="Log from this level on, to stderr.",
+)  # fmt: skip
+name_option = click.option("-n", "--name", type=NAME, help="What others call it; else APP@HOSTNAME.")
+
+
+@click.command()
+@click.option(
+    "-Q", "--queues", metavar="QUEUE[:N],...", type=Checked("queues", _queues), default="default", show_default=True,
+    help="Queues to serve; each with its own number of processes after a colon, if not that of -c.",
+)  # fmt: skip
+@click.option(
+    "-c", "--concurrency", type=click.IntRange(1, MOST_PROCESSES), metavar="N",
+    help="Worker processes per queue; else one per CPU.",
+)  # fmt: skip
+@click.option("-B", "--beat", is_flag=True, help="Run a beat inside.")
+@loglevel_option
+@name_option
+@click.option("--prefetch", type=PREFETCH, metavar="auto|N", help="Most instances a process claims ahead.")
+@click.option("--drain-timeout", type=SECONDS, metavar="SECONDS", help="What running steps get to end at shutdown.")
+@app_options
+@click.pass_context
+def worker(
+    ctx: click.Context,
+    queues: Mapping[str, int | None],
+    concurrency: int | None,
+    beat: bool,
+    loglevel: str,
+    name: str | None,
+    prefetch: int | str | None,
+    drain_timeout: float | None,
+) -> None:
+    """Run tasks in forked worker processes.
+
+    SIGTERM or Ctrl-C ends it in order, a second one at once; SIGHUP replaces it by a fresh one.
+    """
+    session: Session = ctx.obj
+    counts = {queue: count or concurrency or _cpus() for queue, count in queues.items()}
+    processes = sum(counts.values())
+    if processes > MOST_PROCESSES:
+        raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
+    app = session.app()
+    if prefetch is not None:
+        app.conf.update(prefetch=prefetch)
+    if drain_timeout is not None:
+        app.conf.update(drain_timeout=drain_timeout)
+    name = name or f"{app.name}@{socket.gethostname()}"
+    logs.configure(loglevel)
+    name_process("durable-worker")
+    found = preflight.look(app)
+    facts = {"name": name, **_facts(app, found), "queues": counts, "beat": beat}
+    _announce(session, "worker", facts)
+    if processes + SPARE_CONNECTIONS > found.server.max_connections:
+        note(
+            f"Warning: {processes} processes need {processes + SPARE_CONNECTIONS} connections, "
+            f"the server allows {found.server.max_connections}"
+        )
+    ctx.exit(Supervisor(app, counts, name, beat=beat).run())
+
+
+@click.command()
+@loglevel_option
+@name_option
+@app_options
+@click.pass_context
+def beat(ctx: click.Context, loglevel: str, name: str | None) -> None:
+    """Run what goes by the clock: due instances, leases that ran out, garbage. Any number may run."""
+    session: Session = ctx.obj
+    app = session.app()
+    name = name or f"{app.name}@{socket.gethostname()}"
+    logs.configure(loglevel)
+    name_process("durable-beat")
+    found = preflight.look(app)
+    _announce(session, "beat", {"name": name, **_facts(app, found)})
+    ctx.exit(Beat(app, name).run())
+
+
+def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "database": place(app, found.server.database),
+        "server_version": found.server.version,
+        "schema": app.schema,
+        "remark": found.remark,
+        "tasks": sorted({task for task, _ in app.tasks}),
+    }
+
+
+def place(app: Durable, database: str) -> str:
+    """Return where the database is, without user and password: host/database, or that it is the embedded one."""
+    if app.database.embedded:
+        return "embedded"
+    parts = conninfo_to_dict(app.database.dsn())
+    host = str(parts.get("host") or parts.get("hostaddr") or "localhost")
+    port = parts.get("port")
+    return f"{host}{f':{port}' if port and not host.startswith('/') else ''}/{database}".replace("//", "/")
+
+
+def _announce(session: Session, what: str, facts: Mapping[str, Any]) -> None:
+    """Say what starts: for people on stderr, where the log follows; with --json on stdout."""
+    if session.as_json:
+        print_json(facts)
+        flush()
+    else:
+        tasks = facts["tasks"]
+        note(f"durable {facts['version']} {what} {facts['name']} (pid {facts['pid']})")
+        note(f"  database  {facts['database']} (PostgreSQL {facts['server_version']}), schema {facts['schema']}")
+        if "queues" in facts:
+            queues = ", ".join(f"{queue} x {count}" for queue, count in facts["queues"].items())
+            note(f"  queues    {queues}{', and a beat' if facts['beat'] else ''}")
+            note(f"  tasks     {', '.join(tasks) or 'none: every instance will be handed back'}")
+    if facts["remark"]:
+        note(f"Warning: {facts['remark']}")

@@ -1,0 +1,123 @@
+"""Types of command line values. Each turns text into a value or ends the command with a line that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from durable import validation
+from durable.errors import ValidationError
+
+T = TypeVar("T")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Checked(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2 on
+    """A type made of a name and a function that raises ValueError with what is wrong."""
+
+    def __init__(self, name: str, check: Callable[[str], Any]) -> None:
+        self.name = name
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the checked value; a default that is none any more passes."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._check(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def instance_id(text: str) -> int:
+    """Accept an instance's id."""
+    if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= validation.MAX_ID:
+        raise ValueError(f"{validation.shown(text)} is no instance id, which is an integer from 1")
+    return int(text)
+
+
+def target(text: str) -> int | str:
+    """Accept an id or a correlation key; what looks like a list of ids is taken for neither."""
+    if re.fullmatch(r"[0-9]+", text):
+        return instance_id(text)
+    if re.fullmatch(r"[0-9,; ]+", text):
+        raise ValueError(f"{validation.shown(text)} is no instance id; separate several ids with spaces")
+    return validation.text(text, "a correlation key")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    try:
+        return validation.seconds(value, "it")
+    except ValidationError:
+        raise ValueError(f"{validation.shown(text)} is no number of seconds from 0 to ten years") from None
+
+
+def _moment(text: str) -> datetime:
+    try:
+        value = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{validation.shown(text)} is no time like 2030-01-31T12:00:00+00:00") from None
+    if value.tzinfo is None:
+        raise ValueError(f"{validation.shown(text)} has no time zone; add Z for UTC, or an offset like +01:00")
+    return validation.moment(value, "the time")
+
+
+def _seconds_or_moment(text: str) -> float | datetime:
+    return _seconds(text) if re.fullmatch(r"[0-9.eE+-]*", text) and text.count("-") < 2 else _moment(text)
+
+
+def _json(kind: type, what: str) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        try:
+            value = json.loads(text, parse_constant=_no_constant)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg} "
+                f"(near {validation.shown(text[max(0, error.pos - 10) : error.pos + 10])})"
+            ) from None
+        except RecursionError:
+            raise ValueError("the JSON is nested too deeply") from None
+        if not isinstance(value, kind):
+            raise ValueError(f"must be {what}, got {validation.shown(text)}")
+        return value
+
+    return check
+
+
+def _prefetch(text: str) -> str | int:
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < 1:
+        raise ValueError(f"{validation.shown(text)} is neither auto nor an integer from 1 to 999999")
+    return int(text)
+
+
+def _worker_name(text: str) -> str:
+    return validation.text(text, "the name", 120)
+
+
+INSTANCE = Checked("id", instance_id)
+TARGET = Checked("id or key", target)
+QUEUE = Checked("queue", validation.queue)
+KEY = Checked("key", lambda text: validation.text(text, "a correlation key"))
+REASON = Checked("text", lambda text: validation.text(text, "the reason", 16_384))
+SECONDS = Checked("seconds", _seconds)
+MOMENT = Checked("time", _moment)
+SECONDS_OR_MOMENT = Checked("seconds or time", _seconds_or_moment)
+JSON_ARRAY = Checked("json", _json(list, "a JSON array like '[1, \"two\"]'"))
+JSON_OBJECT = Checked("json", _json(dict, "a JSON object like '{\"n\": 1}'"))
+PREFETCH = Checked("auto|n", _prefetch)
+NAME = Checked("name", _worker_name)
