@@ -7,6 +7,7 @@ The only importer of kombu. A payload's type is a serializer's name, or `seriali
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable
@@ -20,8 +21,20 @@ from durable.errors import ConfigError, CorruptRowError, PayloadError, PayloadTo
 from durable.instance import Payload
 from durable.validation import near, shown
 
+_MARK = frozenset({"__type__", "__value__"})
+"""The keys of the dict that stands for a value of a type JSON lacks, when kombu writes it."""
+
+
+class _JSONEncoder(kombu_json.JSONEncoder):  # type: ignore[misc]
+    def default(self, value: Any) -> Any:
+        # kombu writes bytes as text where it can, and so a NUL that jsonb refuses.
+        if isinstance(value, bytes):
+            return {"__type__": "base64", "__value__": base64.b64encode(value).decode()}
+        return super().default(value)
+
+
 # kombu builds a JSON encoder and a decoder per call; made once, the same two are four times faster.
-_json_encode = kombu_json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_json_encode = _JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _json_decode = json.JSONDecoder(object_hook=kombu_json.object_hook).decode
 _plain_json_decode = json.JSONDecoder().decode
 
@@ -63,11 +76,15 @@ class Codec:
         Raises PayloadError naming the path of what can't be written, PayloadTooLargeError beyond `max_bytes`.
         """
         name = serializer or self.serializer
+        if name not in self.accept:
+            raise PayloadError(f"serializer {name!r} is not in accept_content: workers would refuse {what}")
         try:
             if name == "json":
                 check_json(value, what)
                 body = _json_encode(value)
             else:
+                if name == "msgpack":
+                    _check_msgpack_keys(value, what, 0)
                 _, _, body = kombu_serialization.dumps(value, serializer=name)
         except PayloadError:
             raise
@@ -133,6 +150,10 @@ def _check(value: Any, path: str, depth: int) -> None:
     elif isinstance(value, dict):
         if depth >= MAX_DEPTH:
             raise PayloadError(f"{path[:80]}... is nested deeper than {MAX_DEPTH}, or contains itself")
+        if value.keys() == _MARK:
+            raise PayloadError(
+                f"{path} has the keys __type__ and __value__ and no others; kombu keeps those for itself"
+            )
         for key, item in value.items():
             if not isinstance(key, str):
                 raise PayloadError(f"{path} has the key {shown(key)}, which is not text; JSON would change it")
@@ -148,6 +169,20 @@ def _check(value: Any, path: str, depth: int) -> None:
             raise PayloadError(f"{path} is {value!r}; JSON can't carry it")
     elif isinstance(value, str):
         _check_text(value, path)
+
+
+def _check_msgpack_keys(value: Any, path: str, depth: int) -> None:
+    """Raise PayloadError for keys that msgpack writes and then refuses to read; it checks the rest as it writes."""
+    if depth > MAX_DEPTH:
+        raise PayloadError(f"{path[:80]}... is nested deeper than {MAX_DEPTH}, or contains itself")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | bytes):
+                raise PayloadError(f"{path} has the key {shown(key)}, which is neither text nor bytes")
+            _check_msgpack_keys(item, f"{path}.{key!s}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_msgpack_keys(item, f"{path}[{index}]", depth + 1)
 
 
 def _check_text(value: str, path: str) -> None:

@@ -43,9 +43,10 @@ PATIENCE = 300.0
 def demo(limit: int | None, concurrency: int) -> None:
     """Index the standard library on real workers, and kill one of them on the way."""
     console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped then too
     sources = _sources(limit)
     where = "the database of DURABLE_DSN" if not app.database.embedded else "an embedded Postgres"
-    console.print(f"[bold]durable demo[/]: {len(sources)} Python files of {_library()}, one task each\n")
+    console.print(f"[bold]durable demo[/]: {len(sources)} Python files of the standard library, one task each\n")
     version = _fresh_schema()
     console.print(f"  {where}, PostgreSQL {version}, schema {app.schema}")
     with tempfile.TemporaryDirectory(prefix="durable-demo-") as folder, _cluster(Path(folder), concurrency) as pids:
@@ -157,9 +158,9 @@ def _kill_one(console: Console) -> int | None:
     if not files:
         return None
     pid, busy = max(((row[4], row[11]) for row in files), key=lambda entry: entry[1])
-    os.kill(pid, signal.SIGKILL)
+    os.kill(int(pid), signal.SIGKILL)
     console.print(f"  [bold red]kill -9 {pid}[/]   a worker process dies with {busy} claimed files")
-    return pid
+    return int(pid)
 
 
 def _aggregate(results: Sequence[AsyncResult[Any]]) -> dict[str, Any]:
@@ -190,12 +191,15 @@ def _report(
         + ", ".join(name for name, _ in imports)
     )
     console.print("\nWhat to type next:")
-    for command, what in (
-        ("durable -A durable_cli.demo_tasks list --limit 5", "what is left in the history"),
+    commands = [
+        ("durable -A durable_cli.demo_tasks list --limit 5", "what is in the history now"),
         (f"durable -A durable_cli.demo_tasks show {results[0].id}", "everything about one instance"),
-        ("durable server psql -c 'SELECT * FROM durable_demo.instance_view LIMIT 3'", "it is only Postgres"),
-    ):
-        console.print(f"  {command:<76} {what}", soft_wrap=True)
+    ]
+    if app.database.embedded:
+        view = "TABLE durable_demo.instance_view LIMIT 3"
+        commands.append((f"durable server psql -c '{view}'", "it is only Postgres"))
+    for command, what in commands:
+        console.print(f"  {command}\n      {what}", soft_wrap=True)
     console.print("  ... and the ten-line tasks file in README.md")
     if done != len(results) or doubled:
         raise DurableError(f"{len(results) - done} files lost, {doubled} committed twice: this should never happen")

@@ -255,7 +255,8 @@ def test_a_command_frozen_longer_than_its_lease_commits_nothing_afterwards(
     wait_until(
         lambda: (
             connection.execute(
-                f"SELECT count(*) = 2 FROM {app.schema}.workers WHERE dead_at IS NULL AND expires_at > clock_timestamp()"
+                f"SELECT count(*) = 2 FROM {app.schema}.workers"
+                " WHERE dead_at IS NULL AND expires_at > clock_timestamp()"
             ).fetchone()
             == (True,)
         ),

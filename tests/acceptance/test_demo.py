@@ -1,0 +1,33 @@
+"""`durable demo`: what a newcomer sees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+
+
+def test_the_demo_kills_a_worker_and_loses_nothing(database: str, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "durable_cli", "demo", "--files", "300"],
+        cwd=tmp_path,
+        env={**os.environ, "DURABLE_DSN": database},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "300 of 300 files processed, 0 lost, 0 committed twice" in ran.stdout
+    assert "kill -9" in ran.stdout
+    with psycopg.connect(database) as connection:
+        rows = connection.execute(
+            "SELECT count(*) FILTER (WHERE machine LIKE '%index_file'), bool_and(status = 'done' AND version = 1)"
+            " FROM durable_demo.history"
+        ).fetchall()
+        assert rows == [(300, True)]
+        connection.execute("DROP SCHEMA durable_demo CASCADE")
