@@ -69,6 +69,7 @@ def run_durable(database: Database, count: int, processes: int) -> float:
         cwd=ROOT,
         env={**os.environ, "DURABLE_DSN": database.dsn, "BENCH_SCHEMA": database.schema},
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wait_for_count(database, count)

@@ -11,6 +11,8 @@ import time
 
 import psycopg
 
+from durable.storage.session import PINNED_PLANS
+
 CLAIM = """
 WITH picked AS MATERIALIZED (
     SELECT ctid AS row FROM {schema}.instances
@@ -24,7 +26,7 @@ RETURNING i.id, i.token, i.state_type, i.state"""
 FINISH = """
 WITH gone AS (
     DELETE FROM {schema}.instances AS i USING unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS o (id, token)
-    WHERE i.id = o.id AND i.token = o.token AND i.worker_id = %(worker)s AND i.status = 'executing'
+    WHERE i.id = o.id AND i.token = o.token
     RETURNING i.*
 )
 INSERT INTO {schema}.history
@@ -38,14 +40,15 @@ def drain(dsn: str, schema: str, worker: int) -> int:
     """Claim and finish until nothing is runnable; return how many."""
     done = 0
     with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off")
+        # The same plans as a worker's session, so that neither side wins by luck with the planner.
+        connection.execute(PINNED_PLANS)
         claim, finish = CLAIM.format(schema=schema), FINISH.format(schema=schema)
         while True:
             rows = connection.execute(claim, {"worker": worker}, prepare=True, binary=True).fetchall()
             if not rows:
                 return done
             rows.sort()
-            parameters = {"ids": [row[0] for row in rows], "tokens": [row[1] for row in rows], "worker": worker}
+            parameters = {"ids": [row[0] for row in rows], "tokens": [row[1] for row in rows]}
             connection.execute(finish, parameters, prepare=True)
             done += len(rows)
 
