@@ -7,7 +7,6 @@ workers does not reach those.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -39,7 +38,7 @@ def _number(name: str, value: Any) -> float:
             value = float(value)
         except ValueError:
             raise ConfigError(f"{name} must be a number, got {value!r}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         raise ConfigError(f"{name} must be a finite number, got {shown(value)}")
     return float(value)
 

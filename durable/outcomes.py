@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ MAX_DELAY = 10 * 366 * 86400.0
 
 def check_delay(value: Any, what: str) -> float:
     """Return `value` as seconds; raise OutcomeError unless it is a finite number from 0 to ten years."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OutcomeError(f"{what} must be a finite number of seconds, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OutcomeError(f"{what} must be a number of seconds, got {value!r}")
     if not 0 <= value <= MAX_DELAY:
         raise OutcomeError(f"{what} must be from 0 to {MAX_DELAY:.0f} seconds (ten years), got {value!r}")
     return float(value)

@@ -157,7 +157,7 @@ class Task(Generic[P, R]):
         expires             seconds from now or an aware datetime after which it no longer starts: it ends `cancelled`
         priority            lower runs earlier
         correlation_key     business identity: at most one live instance has it
-        correlation_scope   statuses in which the key counts as occupied; () never
+        correlation_scope   statuses in which the key counts as occupied besides the live ones; () never
         max_attempts        instead of the task's
         connection          a psycopg connection: the instance exists if and only if its transaction commits
         notify_in_transaction  whether that transaction also wakes workers (a poll finds the row otherwise)

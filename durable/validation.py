@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from durable.errors import ValidationError
-from durable.instance import STATUSES
+from durable.instance import LIVE, STATUSES
 from durable.outcomes import MAX_DELAY
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
@@ -64,8 +63,8 @@ def priority(value: Any) -> int:
 
 def seconds(value: Any, what: str) -> float:
     """Accept a number of seconds from 0 to ten years."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValidationError(f"{what} must be a finite number of seconds, got {shown(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValidationError(f"{what} must be a number of seconds, got {shown(value)}")
     if not 0 <= value <= MAX_DELAY:
         raise ValidationError(f"{what} must be from 0 to {MAX_DELAY:.0f} seconds (ten years), got {shown(value)}")
     return float(value)
@@ -109,13 +108,17 @@ def text(value: Any, what: str, most: int = 255) -> str:
 
 
 def scope(value: Any) -> tuple[str, ...]:
-    """Accept the statuses in which a correlation key is occupied; () means never."""
+    """Accept the statuses in which a correlation key is occupied, the live ones always among them; () means never.
+
+    Without a live one, an instance could be about to enter a status in which another holds its key: a claim, a
+    promotion or an outcome that the unique index refuses.
+    """
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise ValidationError(f"correlation_scope must be a collection of statuses, got {shown(value)}")
     for status in value:
         if status not in STATUSES:
             raise ValidationError(f"correlation_scope: unknown status {shown(status)}{near(str(status), STATUSES)}")
-    return tuple(status for status in STATUSES if status in value)
+    return tuple(status for status in STATUSES if status in LIVE or status in value) if value else ()
 
 
 def instance_id(value: Any) -> int:
