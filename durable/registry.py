@@ -95,10 +95,13 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, function: Callable[..., Any], bind: bool, given: TaskArguments) -> Task[..., Any]:
+        backoff = given.get("backoff", default_backoff)
+        if not callable(backoff):
+            raise DefinitionError(f"backoff must be a function of the attempt, got {validation.shown(backoff)}")
         retry = RetryPolicy(
             _types(given.get("retry_for", Exception), "retry_for"),
             _types(given.get("dont_retry_for", ()), "dont_retry_for"),
-            given.get("backoff", default_backoff),
+            backoff,
         )
         name = given.get("name")
         options = TaskOptions(
@@ -132,6 +135,8 @@ class Registry:
 
 
 def _types(value: Any, what: str) -> tuple[type[BaseException], ...]:
+    if not isinstance(value, type | Iterable):
+        raise DefinitionError(f"{what} must be exception classes, got {validation.shown(value)}")
     types = (value,) if isinstance(value, type) else tuple(value)
     for entry in types:
         if not isinstance(entry, type) or not issubclass(entry, BaseException):

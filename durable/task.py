@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -71,7 +71,9 @@ def default_name(function: Callable[..., Any]) -> str:
 
     Raises DefinitionError for a lambda or a nested function: a worker could not find it by that name.
     """
-    qualified = function.__qualname__
+    qualified = getattr(function, "__qualname__", None)
+    if qualified is None:
+        raise DefinitionError(f"{validation.shown(function)} must be a function, or a callable with name=...")
     if "<" in qualified:
         raise DefinitionError(
             f"{qualified} in {function.__module__} is a lambda or a nested function, which has no name to be found by; "
@@ -285,7 +287,11 @@ def _set_times(
             raise ValidationError(f"expires is in the past: {expires!r}")
         if new.at is not None and new.expires_at <= new.at:
             raise ValidationError(f"expires ({expires!r}) is not after eta ({new.at!r}): it could never start")
+        if new.delay is not None and new.expires_at <= datetime.now(UTC) + timedelta(seconds=new.delay):
+            raise ValidationError(f"expires ({expires!r}) is not after countdown ({new.delay:g} s)")
     elif expires is not None:
         new.expires_in = validation.seconds(expires, "expires")
         if new.expires_in <= (new.delay or 0):
             raise ValidationError(f"expires ({expires!r} s) is not after countdown ({new.delay or 0:g} s)")
+        if new.at is not None and datetime.now(UTC) + timedelta(seconds=new.expires_in) <= new.at:
+            raise ValidationError(f"expires ({expires!r} s) is not after eta ({new.at!r}): it could never start")
