@@ -72,7 +72,7 @@ class Executor:
                     "instance": claimed.id,
                     "task": claimed.machine,
                     "attempt": claimed.attempt,
-                    "error": repr(error)[:200],
+                    "error": f"{type(error).__name__}: {_message(error)}"[:200],
                 },
             )
             if task.options.retry.retries(error):
@@ -147,10 +147,7 @@ def _failed(claimed: Claimed, error: BaseException) -> Commit:
 
 def error_json(error: BaseException) -> str:
     """Return an exception as the JSON that `instances.error` holds: type, message and traceback, all cut and clean."""
-    try:
-        message = str(error)
-    except Exception:
-        message = f"<unprintable {type(error).__name__}>"
+    message = _message(error)
     try:
         # The first frame is ours; what the user wrote begins below it. Local variables are never included.
         trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
@@ -158,6 +155,13 @@ def error_json(error: BaseException) -> str:
     except Exception as problem:
         text = f"<traceback can't be formatted: {type(problem).__name__}>"
     return _error_text(type(error).__name__, message, text)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # `__str__` is user code too
+        return f"<unprintable {type(error).__name__}>"
 
 
 def _error_text(kind: str, message: str, trace: str) -> str:
