@@ -8,6 +8,7 @@ sends what it still owes: whoever waits wants it now. Correctness never depends 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ INTERVAL = 0.05
 """Seconds between two notifications of one queue by one process."""
 ANY_QUEUE = "*"
 RESCAN = "!"
+_PAYLOAD = re.compile(r"([^:]+):([0-9]{1,9}):(!|-?[0-9]{1,5})")
 
 
 def queue_channel(schema: str) -> str:
@@ -40,11 +42,10 @@ def parse(text: str) -> tuple[str, int, int | None] | None:
     """Return (queue, count, priority or None for a rescan), or None for what is not ours."""
     if text == ANY_QUEUE:
         return ANY_QUEUE, 1, None
-    queue, _, rest = text.partition(":")
-    count, _, priority = rest.partition(":")
-    if not queue or not count.isdigit() or not (priority == RESCAN or priority.lstrip("-").isdigit()):
+    match = _PAYLOAD.fullmatch(text)
+    if match is None:
         return None
-    return queue, int(count[:9]), None if priority == RESCAN else int(priority[:7])
+    return match[1], int(match[2]), None if match[3] == RESCAN else int(match[3])
 
 
 class Wakeups:

@@ -1,0 +1,156 @@
+"""Which commits notify, and what a notification says."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from durable.instance import NewInstance, Payload
+from durable.wakeups import ANY_QUEUE, INTERVAL, Wakeups, due_channel, parse, payload, queue_channel
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def new(**options: Any) -> NewInstance:
+    return NewInstance("task", Payload("json", b"{}"), **options)
+
+
+def said(operations: Any) -> list[tuple[str, str]]:
+    """Run the operations against nothing: (channel, payload) of each."""
+    sent = []
+    for operation in operations:
+        name, parameters = operation.send(None)
+        assert name == "notify"
+        sent.append((parameters["channel"], parameters["payload"]))
+    return sent
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def wakeups(clock: Clock) -> Wakeups:
+    return Wakeups("s", True, clock)
+
+
+QUEUES, DUE = queue_channel("s"), due_channel("s")
+
+
+def test_the_first_insert_notifies_at_once_then_one_per_interval(wakeups: Wakeups, clock: Clock) -> None:
+    assert said(wakeups.after_insert([new()])) == [(QUEUES, "default:1:0")]
+    clock.now += INTERVAL / 2
+    assert said(wakeups.after_insert([new()])) == []
+    clock.now += INTERVAL / 2
+    assert said(wakeups.after_insert([new()])) == [(QUEUES, "default:1:0")]
+
+
+def test_each_queue_has_its_own_interval(wakeups: Wakeups) -> None:
+    assert said(wakeups.after_insert([new(queue="a")])) == [(QUEUES, "a:1:0")]
+    assert said(wakeups.after_insert([new(queue="b"), new(queue="a")])) == [(QUEUES, "b:1:0")]
+
+
+def test_a_batch_notifies_once_per_queue_with_its_count_and_best_priority(wakeups: Wakeups) -> None:
+    batch = [new(priority=5), new(priority=-3), new(queue="b"), new()]
+    assert said(wakeups.after_insert(batch)) == [(QUEUES, "default:3:-3"), (QUEUES, "b:1:0")]
+
+
+def test_what_was_saved_is_owed_until_it_is_sent(wakeups: Wakeups, clock: Clock) -> None:
+    wakeups.after_insert([new()])
+    wakeups.after_insert([new(priority=2)])
+    assert said(wakeups.owed()) == [(QUEUES, "default:1:2")]
+    assert said(wakeups.owed()) == []
+    assert said(wakeups.after_insert([new()])) == [], "sending what is owed counts as a notification"
+    clock.now += 2 * INTERVAL
+    wakeups.after_insert([new()])
+    assert said(wakeups.owed()) == [], "a later notification made up for it"
+
+
+def test_scheduled_rows_notify_beats_not_workers(wakeups: Wakeups, clock: Clock) -> None:
+    assert said(wakeups.after_insert([new(delay=5.0), new(at=datetime.now(UTC))])) == [(DUE, "")]
+    assert said(wakeups.after_insert([new(delay=1.0)])) == []
+    assert said(wakeups.due_sooner()) == []
+    clock.now += 2 * INTERVAL
+    assert said(wakeups.due_sooner()) == [(DUE, "")]
+    assert said(wakeups.after_insert([new(delay=0.0)])) == [(QUEUES, "default:1:0")]
+
+
+def test_a_callers_transaction_carries_constant_payloads(wakeups: Wakeups) -> None:
+    batch = [new(), new(queue="b"), new(delay=3.0)]
+    for _ in range(3):
+        assert said(wakeups.in_transaction(batch)) == [(QUEUES, ANY_QUEUE), (DUE, "")]
+
+
+def test_hand_backs_and_promotions_ask_for_a_look_from_the_head(wakeups: Wakeups) -> None:
+    for _ in range(2):
+        assert said(wakeups.handed_back({"a": 3, "b": 1})) == [(QUEUES, "a:3:!"), (QUEUES, "b:1:!")]
+    assert said(wakeups.promoted({"a": 2})) == [(QUEUES, "a:2:!")]
+    assert said(wakeups.handed_back({})) == []
+
+
+def test_switched_off_nothing_is_sent() -> None:
+    wakeups = Wakeups("s", False)
+    batch = [new(), new(delay=1.0)]
+    assert said(wakeups.after_insert(batch)) == []
+    assert said(wakeups.owed()) == []
+    assert said(wakeups.in_transaction(batch)) == []
+    assert said(wakeups.handed_back({"a": 1})) == []
+    assert said(wakeups.promoted({"a": 1})) == []
+    assert said(wakeups.due_sooner()) == []
+
+
+@pytest.mark.parametrize(("queue", "count", "priority"), [("a", 1, 0), ("b-c.d_e", 999_999, -32768), ("x", 5, None)])
+def test_a_payload_is_read_back(queue: str, count: int, priority: int | None) -> None:
+    assert parse(payload(queue, count, priority)) == (queue, count, priority)
+
+
+def test_the_constant_payload_means_any_queue_from_the_head() -> None:
+    assert parse(ANY_QUEUE) == (ANY_QUEUE, 1, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "garbage",
+        ":1:0",
+        "q::0",
+        "q:1:",
+        "q:1",
+        "q:x:0",
+        "q:-1:0",
+        "q:1:--5",
+        "q:1:-",
+        "q:1:5-",
+        "q:1:+5",
+        "q:²:0",
+        "q:1:²",
+        "q:1:0:0",
+        "q:1:99999999999",
+        "q:1:-------9",
+        "q: 1:0",
+        "q:1:0\n",
+        "x" * 7999,
+        "q:" + "9" * 7000 + ":0",
+        "ping 5",
+        "\ud800:1:0:",
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
+def test_what_is_not_ours_is_ignored(text: str) -> None:
+    assert parse(text) is None
+
+
+def test_channels_fit_into_63_bytes_and_differ() -> None:
+    longest = "s" * 40
+    assert len(due_channel(longest)) < 64
+    assert queue_channel("a") != queue_channel("b") != due_channel("b")
