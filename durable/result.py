@@ -1,7 +1,7 @@
 """AsyncResult: where an instance stands and what it returned.
 
 All waiters of a process share one watcher: a thread that asks for all waited-for ids in one statement, 1 ms after a
-wait begins, then at doubling distances up to 50 ms. It lives only while somebody waits.
+wait begins, then at distances of a quarter of the time waited, up to 50 ms. It lives only while somebody waits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FIRST_POLL = 0.001
 LONGEST_POLL = 0.05
+UNREACHABLE_PAUSE = 1.0
 PROBABLY_FINISHED = 0.02
 """Seconds after which a handle is asked about at once, before anybody waits: a loop over many results stays quick."""
 MISSING_AFTER = 1.0
@@ -248,7 +249,7 @@ class Watcher:
                 self._waiting.pop(instance_id, None)
 
     def _watch(self) -> None:
-        pause = FIRST_POLL
+        began = time.monotonic()
         while True:
             with self._wake:
                 if not self._waiting:
@@ -259,18 +260,19 @@ class Watcher:
                 fresh, self._fresh = self._fresh, False
             try:
                 if fresh:
-                    pause = FIRST_POLL
+                    began = time.monotonic()
                     self._begun()
+                waited = time.monotonic() - began
+                pause = min(max(FIRST_POLL, waited / 4), LONGEST_POLL)
                 with self._wake:
                     if self._fresh or self._wake.wait(pause):
                         continue  # a new waiter: start again at the shortest distance
                     ids = list(self._waiting)
-                pause = min(pause * 2, LONGEST_POLL)
                 self._resolve(self._finished(ids))
                 self._fail_missing()
             except DatabaseUnavailableError as error:
                 log.warning("results can't be read, waiting goes on", extra={"error": str(error)})
-                pause = 1.0
+                time.sleep(UNREACHABLE_PAUSE)
             except Exception as error:
                 self._fail_all(error)
 
