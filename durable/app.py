@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -303,7 +304,7 @@ class Durable(Registry):
                     run(own, self.sql, wakeup)
             return ids
         _usable(connection, psycopg.Connection)
-        with translated(self.schema), connection.transaction():
+        with translated(self.schema), connection.transaction() if connection.autocommit else nullcontext():
             ids = run(connection, self.sql, operation, foreign=True)
             for wakeup in self._wakeups_on(connection, batch, notify_in_transaction):
                 run(connection, self.sql, wakeup, foreign=True)
@@ -325,7 +326,7 @@ class Durable(Registry):
             return ids
         _usable(connection, psycopg.AsyncConnection)
         with translated(self.schema):
-            async with connection.transaction():
+            async with connection.transaction() if connection.autocommit else nullcontext():
                 ids = await arun(connection, self.sql, operation, foreign=True)
                 for wakeup in self._wakeups_on(connection, batch, notify_in_transaction):
                     await arun(connection, self.sql, wakeup, foreign=True)
@@ -357,3 +358,7 @@ def _usable(connection: Any, kind: type[Any]) -> None:
         raise ConnectionUsageError("connection= is closed")
     if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
         raise ConnectionUsageError("connection= is in a failed transaction; roll it back first")
+    if connection.info.encoding != "utf-8":
+        raise ConnectionUsageError(
+            f"connection= has client_encoding {connection.info.encoding}; open it with client_encoding='utf8'"
+        )

@@ -116,6 +116,7 @@ def connection_defaults(timeout: float, *, pooler: bool = False) -> dict[str, An
     """Keyword arguments for every connection: a silently dead peer is noticed within about half a minute."""
     return {
         "autocommit": True,
+        "client_encoding": "utf8",  # whatever the database's: the arrays are written in it
         "prepare_threshold": None if pooler else 5,
         "connect_timeout": max(2, round(timeout)),
         "keepalives_idle": 10,
