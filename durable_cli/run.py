@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,11 +99,11 @@ def worker(
     found = preflight.look(app)
     facts = {"name": name, **_facts(app, found), "queues": counts, "beat": beat}
     _announce(session, "worker", facts)
-    if processes + SPARE_CONNECTIONS > found.server.max_connections:
-        note(
-            f"Warning: {processes} processes need {processes + SPARE_CONNECTIONS} connections, "
-            f"the server allows {found.server.max_connections}"
-        )
+    warning = connections_warning(processes, found.server.max_connections)
+    if warning:
+        note(warning)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen when they print it
     ctx.exit(Supervisor(app, counts, name, beat=beat).run())
 
 
@@ -133,6 +134,14 @@ def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:
         "remark": found.remark,
         "tasks": sorted({task for task, _ in app.tasks}),
     }
+
+
+def connections_warning(processes: int, allowed: int) -> str | None:
+    """Return what to say when so many processes can never all be connected."""
+    needed = processes + SPARE_CONNECTIONS
+    if needed <= allowed:
+        return None
+    return f"Warning: {processes} processes need {needed} connections, but the server's max_connections is {allowed}"
 
 
 def place(app: Durable, database: str) -> str:

@@ -74,14 +74,13 @@ def connected(app: Durable, dsn: str | None = None, *, schema_needed: bool = Tru
     schema_needed  whether the schema must be there and fit this code
     Raises SchemaError, DatabaseUnavailableError, EmbeddedServerError.
     """
-    with (
-        translated(app.schema),
-        closing(connect(app.dsn() if dsn is None else dsn, f"durable {app.name} cli", timeout=app.conf.connect_timeout))
-        as connection,
-    ):  # fmt: skip
-        if schema_needed:
-            migrations.check(connection, app.schema)
-        yield connection
+    title, conf = f"durable {app.name} cli", app.conf
+    with translated(app.schema):
+        opened = connect(app.dsn() if dsn is None else dsn, title, pooler=conf.pooler, timeout=conf.connect_timeout)
+        with closing(opened) as connection:
+            if schema_needed:
+                migrations.check(connection, app.schema)
+            yield connection
 
 
 def ask(app: Durable, operation: Operation[T]) -> T:
