@@ -88,7 +88,7 @@ UPDATE {schema}.instances
 SET cancel_requested = true,
     status = CASE WHEN status = 'executing' THEN status ELSE 'cancelled' END,
     finished_at = CASE WHEN status = 'executing' THEN NULL ELSE clock_timestamp() END,
-    error = CASE WHEN status = 'executing' AND error IS NOT NULL THEN error ELSE %(error)s END,
+    error = CASE WHEN cancel_requested THEN error ELSE %(error)s END,
     reason = NULL
 WHERE id = %(id)s AND finished_at IS NULL
 RETURNING id, status::text;

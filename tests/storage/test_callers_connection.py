@@ -114,7 +114,7 @@ def test_a_read_only_session_is_named(task: Task[..., Any], theirs: Connection) 
 
 
 def test_a_database_away_is_one_typed_error_without_the_password() -> None:
-    app = Durable("away", dsn="postgresql://user:hunter2@127.0.0.1:1/none", connect_timeout=2)
+    app = Durable("away", dsn="postgresql://user:hunter2@127.0.0.1:1/none", connect_timeout=0.5)
     task = app.task(name="task")(lambda: None)
 
     async def main() -> None:
