@@ -2,25 +2,34 @@
 
 from durable._version import __version__
 from durable.app import Durable
-from durable.context import Context
-from durable.errors import DuplicateError, DurableError, ResultTimeout, TaskCancelled, TaskFailed
-from durable.outcomes import Cancel, Done, Retry, Stop
+from durable.context import Child, Context, Signal
+from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTimeout, TaskCancelled, TaskFailed
+from durable.machine import Machine, step
+from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, Stop
 from durable.result import AsyncResult
 from durable.task import Task
 
 __all__ = [
     "AsyncResult",
+    "Await",
     "Cancel",
+    "Child",
     "Context",
     "Done",
     "DuplicateError",
     "Durable",
     "DurableError",
+    "Machine",
+    "Next",
+    "NoTargetError",
     "ResultTimeout",
     "Retry",
+    "ScheduleChildren",
+    "Signal",
     "Stop",
     "Task",
     "TaskCancelled",
     "TaskFailed",
     "__version__",
+    "step",
 ]

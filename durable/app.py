@@ -19,19 +19,22 @@ from durable import dsn as dsn_module
 from durable import validation
 from durable.batch import Batch, collecting
 from durable.config import Config
+from durable.context import Child
 from durable.errors import (
     ConnectionUsageError,
+    NoTargetError,
     UnknownTaskError,
     ValidationError,
 )
-from durable.instance import NewInstance, Payload, Snapshot
-from durable.registry import Registry
+from durable.instance import NewInstance, NewSignal, Payload, Snapshot
+from durable.machine import Machine
+from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
 from durable.sql import Statements
-from durable.storage import instances, migrations
+from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, arun, run, translated
+from durable.storage.session import Operation, Row, arun, run, translated
 from durable.task import Task
 from durable.wakeups import Wakeups
 
@@ -122,20 +125,76 @@ class Durable(Registry):
         """
         return Batch(self, connection)
 
-    def cancel(self, target: int | str, reason: str | None = None) -> bool:
+    def signal(
+        self,
+        target: int | str,
+        name: str,
+        payload: Any = None,
+        *,
+        dedup_key: str | None = None,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+    ) -> bool:
+        """Put a message into the inbox of a live instance, by id or by correlation key.
+
+        Returns True, or False for a redelivery: its `dedup_key` was delivered to that instance before.
+        Raises NoTargetError when nothing live is there, PayloadError, ValidationError; nothing is written then.
+        """
+        batch = [self._new_signal(target, name, payload, dedup_key)]
+        return _one(self._deliver(batch, connection, notify_in_transaction), batch)
+
+    async def asignal(
+        self,
+        target: int | str,
+        name: str,
+        payload: Any = None,
+        *,
+        dedup_key: str | None = None,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+    ) -> bool:
+        """`signal` for coroutines."""
+        batch = [self._new_signal(target, name, payload, dedup_key)]
+        return _one(await self._adeliver(batch, connection, notify_in_transaction), batch)
+
+    def signal_many(
+        self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
+    ) -> list[bool | None]:
+        """Deliver many signals in few statements and one transaction: `[{"target": 1, "name": "paid"}, ...]`.
+
+        Returns for each True (new), False (a duplicate of its dedup key) or None (nothing live there).
+        """
+        return self._deliver(self._new_signals(messages), connection, notify_in_transaction)
+
+    async def asignal_many(
+        self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
+    ) -> list[bool | None]:
+        """`signal_many` for coroutines."""
+        return await self._adeliver(self._new_signals(messages), connection, notify_in_transaction)
+
+    def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
 
-        A waiting one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
+        A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
+        cascade  its children and theirs too
         """
-        operation = self._cancel(target, reason)
-        with self._pool.connection() as connection, connection.transaction():
-            return run(connection, self.sql, operation)
+        operation = self._cancel(target, reason, cascade)
+        with self._pool.connection() as connection:
+            with connection.transaction():
+                cancelled, woken = run(connection, self.sql, operation)
+            for wakeup in self.wakeups.became_ready(woken):
+                run(connection, self.sql, wakeup)
+        return cancelled
 
-    async def acancel(self, target: int | str, reason: str | None = None) -> bool:
+    async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
         """`cancel` for coroutines."""
-        operation = self._cancel(target, reason)
-        async with self._pool.aconnection() as connection, connection.transaction():
-            return await arun(connection, self.sql, operation)
+        operation = self._cancel(target, reason, cascade)
+        async with self._pool.aconnection() as connection:
+            async with connection.transaction():
+                cancelled, woken = await arun(connection, self.sql, operation)
+            for wakeup in self.wakeups.became_ready(woken):
+                await arun(connection, self.sql, wakeup)
+        return cancelled
 
     def result(self, instance_id: int) -> AsyncResult[Any]:
         """Return the handle on an instance; asks nothing yet. Raises ValidationError for what is no id."""
@@ -181,7 +240,30 @@ class Durable(Registry):
             return None
         return self.codec.decode(snapshot.result_type, snapshot.result or b"", f"result of instance {snapshot.id}")
 
+    def read_children(
+        self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
+    ) -> list[Child]:
+        """Return a page of an instance's children with ids above `after`, of one round or (None) of all."""
+        rows = self.run(instances.children(instance_id, children_round, after, limit))
+        return [self._child(row) for row in rows]
+
+    def _child(self, row: Row) -> Child:
+        child_id, machine, status, state_type, state, result_type, result, error = row
+        decode = self.codec.decode
+        return Child(
+            child_id,
+            machine,
+            status,
+            decode(state_type, state, f"state of instance {child_id}"),
+            None if result_type is None else decode(result_type, result, f"result of instance {child_id}"),
+            error,
+        )
+
     # Within
+
+    def prepare(self, target: Any, options: Mapping[str, Any]) -> NewInstance:
+        """Return the checked row for a task, a machine or the name of one, with the options of `insert`."""
+        return self._resolve(target).new(**options)
 
     def run(self, operation: Operation[T]) -> T:
         """Run a storage operation on a connection of the producer's pool."""
@@ -232,12 +314,14 @@ class Durable(Registry):
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)
 
-    def _resolve(self, target: Task[..., Any] | str) -> Task[..., Any]:
+    def _resolve(self, target: Any) -> Definition:
         if isinstance(target, Task):
             return target
+        if isinstance(target, type) and issubclass(target, Machine) and hasattr(target, "definition"):
+            return target.definition
         if isinstance(target, str):
             return self.find_task(target)
-        raise ValidationError(f"a target is a task or the name of one, got {validation.shown(target)}")
+        raise ValidationError(f"a target is a task, a machine or the name of one, got {validation.shown(target)}")
 
     def _prepare_many(self, targets: Iterable[tuple[Task[..., Any] | str, Mapping[str, Any]]]) -> list[NewInstance]:
         prepared = []
@@ -249,11 +333,72 @@ class Durable(Registry):
                 raise ValidationError(f"insert_many, entry {index}: {error}") from error
         return prepared
 
-    def _cancel(self, target: int | str, reason: str | None) -> Operation[bool]:
+    def _new_signal(self, target: Any, name: Any, payload: Any, dedup_key: Any) -> NewSignal:
+        if isinstance(target, str):
+            target = validation.text(target, "correlation_key")
+        else:
+            target = validation.instance_id(target)
+        validation.text(name, "a signal's name")
+        if dedup_key is not None:
+            validation.text(dedup_key, "dedup_key")
+        return NewSignal(target, name, self.codec.encode(payload, "payload"), dedup_key)
+
+    def _new_signals(self, messages: Iterable[Mapping[str, Any]]) -> list[NewSignal]:
+        prepared = []
+        for index, message in enumerate(messages):
+            try:
+                unknown = set(message) - {"target", "name", "payload", "dedup_key"}
+                if unknown:
+                    raise ValidationError(f"unknown field {sorted(unknown)[0]!r}")
+                prepared.append(
+                    self._new_signal(
+                        message["target"], message["name"], message.get("payload"), message.get("dedup_key")
+                    )
+                )
+            except (ValidationError, KeyError, TypeError) as error:
+                raise ValidationError(f"signal_many, entry {index}: {error}") from error
+        return prepared
+
+    def _deliver(self, batch: list[NewSignal], connection: Any, notify_in_transaction: bool) -> list[bool | None]:
+        if connection is None:
+            with self._pool.connection() as own:
+                with own.transaction():
+                    delivery = run(own, self.sql, signals.deliver(batch))
+                for wakeup in self.wakeups.became_ready(delivery.ready):
+                    run(own, self.sql, wakeup)
+            return delivery.stored
+        _usable(connection, psycopg.Connection)
+        with translated(self.schema), connection.transaction() if connection.autocommit else nullcontext():
+            delivery = run(connection, self.sql, signals.deliver(batch), foreign=True)
+            if delivery.ready and notify_in_transaction:
+                for wakeup in self.wakeups.any_queue():
+                    run(connection, self.sql, wakeup, foreign=True)
+        return delivery.stored
+
+    async def _adeliver(
+        self, batch: list[NewSignal], connection: Any, notify_in_transaction: bool
+    ) -> list[bool | None]:
+        if connection is None:
+            async with self._pool.aconnection() as own:
+                async with own.transaction():
+                    delivery = await arun(own, self.sql, signals.deliver(batch))
+                for wakeup in self.wakeups.became_ready(delivery.ready):
+                    await arun(own, self.sql, wakeup)
+            return delivery.stored
+        _usable(connection, psycopg.AsyncConnection)
+        with translated(self.schema):
+            async with connection.transaction() if connection.autocommit else nullcontext():
+                delivery = await arun(connection, self.sql, signals.deliver(batch), foreign=True)
+                if delivery.ready and notify_in_transaction:
+                    for wakeup in self.wakeups.any_queue():
+                        await arun(connection, self.sql, wakeup, foreign=True)
+        return delivery.stored
+
+    def _cancel(self, target: int | str, reason: str | None, cascade: bool) -> Operation[tuple[bool, dict[str, int]]]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
         if isinstance(target, str):
-            return _cancel_key(validation.text(target, "correlation_key"), text)
-        return instances.cancel(validation.instance_id(target), text)
+            return _cancel_key(validation.text(target, "correlation_key"), text, cascade)
+        return instances.cancel(validation.instance_id(target), text, cascade)
 
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
         if connection is None:
@@ -344,9 +489,17 @@ class Durable(Registry):
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"
 
 
-def _cancel_key(key: str, reason: str) -> Operation[bool]:
+def _cancel_key(key: str, reason: str, cascade: bool) -> Operation[tuple[bool, dict[str, int]]]:
     instance_id = yield from instances.occupant(key)
-    return False if instance_id is None else (yield from instances.cancel(instance_id, reason))
+    return (False, {}) if instance_id is None else (yield from instances.cancel(instance_id, reason, cascade))
+
+
+def _one(stored: list[bool | None], batch: list[NewSignal]) -> bool:
+    if stored[0] is None:
+        raise NoTargetError(
+            f"signal {batch[0].name!r}: nothing live is at {batch[0].target!r}; it is finished, or never existed"
+        )
+    return stored[0]
 
 
 def _usable(connection: Any, kind: type[Any]) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableMapping
+import sys
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Generic
 
 from durable import validation
 from durable.instance import Claimed
 from durable.outcomes import RetryRequested
 
-_current: ContextVar[Context | None] = ContextVar("durable_context", default=None)
+if sys.version_info >= (3, 13):
+    from typing import TypeVar
+else:
+    from typing_extensions import TypeVar
+
+_current: ContextVar[Context[Any] | None] = ContextVar("durable_context", default=None)
 
 
 class _StepLogger(logging.LoggerAdapter[logging.Logger]):
@@ -23,8 +32,66 @@ class _StepLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
-class Context:
+S = TypeVar("S", default=Any)
+
+PAGE = 500
+"""Children read in one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A message in an instance's inbox. `created_at` is the database's time of delivery."""
+
+    id: int
+    name: str
+    payload: Any
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A child as its parent sees it. `error` is {"type", "message", "traceback"} unless it ended `done`."""
+
+    id: int
+    machine: str
+    status: str
+    state: Any
+    result: Any
+    error: dict[str, Any] | None
+
+
+class Children(Sequence[Child]):
+    """Children by id. Iterating reads them in pages; `len` and indexing read them all, once."""
+
+    def __init__(self, read: Callable[[int], list[Child]]) -> None:
+        self._read = read
+        self._all: list[Child] | None = None
+
+    def __iter__(self) -> Iterator[Child]:
+        if self._all is not None:
+            yield from self._all
+            return
+        after = 0
+        while page := self._read(after):
+            yield from page
+            after = page[-1].id
+
+    def _everything(self) -> list[Child]:
+        if self._all is None:
+            self._all = [child for child in self]  # noqa: C416 - list() would ask for the length first
+        return self._all
+
+    def __len__(self) -> int:
+        return len(self._everything())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._everything()[index]
+
+
+class Context(Generic[S]):
     """One execution of a step.
+
+    state            the machine's state, as its State type; a plain dict without one
 
     id               of the instance
     step             name of the step ("run" for a task)
@@ -32,12 +99,14 @@ class Context:
     queue, priority  where the instance waited
     correlation_key  its business identity, or None
     version          generation of the task
+    parent_id        of the instance that scheduled it as a child, or None
     app              the Durable app that runs it
     log              logger whose records carry instance, step and attempt
     """
 
-    def __init__(self, claimed: Claimed, app: Any, log: logging.Logger) -> None:
+    def __init__(self, claimed: Claimed, app: Any, log: logging.Logger, state: Any = None) -> None:
         self._claimed = claimed
+        self.state: S = state
         self.app = app
         self.log = _StepLogger(
             log, {"instance": claimed.id, "step": claimed.step, "attempt": claimed.attempt, "task": claimed.machine}
@@ -71,6 +140,45 @@ class Context:
     def version(self) -> int:
         return self._claimed.machine_version
 
+    @property
+    def parent_id(self) -> int | None:
+        return self._claimed.parent_id
+
+    @cached_property
+    def all(self) -> list[Signal]:
+        """The whole inbox, oldest first. Raises CorruptRowError for a payload this app does not accept."""
+        decode = self.app.codec.decode
+        return [
+            Signal(
+                signal.id,
+                signal.name,
+                None
+                if signal.payload_type is None
+                else decode(signal.payload_type, signal.payload or b"", signal.name),
+                signal.created_at,
+            )
+            for signal in self._claimed.signals
+        ]
+
+    @cached_property
+    def awaited(self) -> list[Signal]:
+        """The unconsumed signals whose names were awaited, oldest first; empty after a timeout."""
+        names = self._claimed.awaits
+        return [signal for signal in self.all if signal.name in names] if names else []
+
+    @property
+    def children(self) -> Children:
+        """The children of the latest round, however they ended."""
+        return self._children(self._claimed.children_round)
+
+    @property
+    def children_all(self) -> Children:
+        """The children of every round that are not yet collected."""
+        return self._children(None)
+
+    def _children(self, children_round: int | None) -> Children:
+        return Children(lambda after: self.app.read_children(self.id, children_round, after, PAGE))
+
     def retry(self, *, countdown: float | None = None, exc: BaseException | None = None) -> RetryRequested:
         """Return what to raise for another attempt: `raise ctx.retry(countdown=10)`.
 
@@ -84,13 +192,13 @@ class Context:
         return f"<Context of {self._claimed.machine} instance {self.id}, attempt {self.attempt}>"
 
 
-def current() -> Context | None:
+def current() -> Context[Any] | None:
     """Return the context of the step that is running here, or None outside of one."""
     return _current.get()
 
 
 @contextmanager
-def entered(context: Context) -> Iterator[None]:
+def entered(context: Context[Any]) -> Iterator[None]:
     """Make `context` the current one."""
     token = _current.set(context)
     try:

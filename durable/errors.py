@@ -16,6 +16,7 @@ __all__ = [
     "DuplicateError",
     "DurableError",
     "EmbeddedServerError",
+    "NoTargetError",
     "NotFoundError",
     "OutcomeError",
     "PayloadError",
@@ -84,6 +85,10 @@ class ConnectionUsageError(DurableError):
 
 class NotFoundError(DurableError, LookupError):
     """No instance has that id (any more)."""
+
+
+class NoTargetError(DurableError, LookupError):
+    """A signal was sent to nothing live: an unknown or finished id, or a correlation key nobody occupies."""
 
 
 class DuplicateError(DurableError):

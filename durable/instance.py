@@ -5,6 +5,7 @@ Plain values; nothing here knows SQL, payload formats or user code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -47,6 +48,8 @@ class NewInstance:
     max_attempts: int | None = None
     correlation_key: str | None = None
     correlation_scope: tuple[str, ...] | None = None
+    parent_id: int | None = None
+    parent_round: int | None = None
 
 
 class Claimed(NamedTuple):
@@ -69,6 +72,32 @@ class Claimed(NamedTuple):
     keeps_key: bool
     expired: bool | None
     queue: str
+    parent_id: int | None = None
+    children_round: int = 0
+    inbox: bool = False
+    awaits: Sequence[str] | None = None
+    signals: Sequence[StoredSignal] = ()
+    """The inbox, loaded after the claim when `inbox` says there may be one."""
+
+
+class StoredSignal(NamedTuple):
+    """A signal as it lies in an inbox."""
+
+    id: int
+    name: str
+    payload_type: str
+    payload: bytes
+    created_at: datetime
+
+
+@dataclass(slots=True)
+class NewSignal:
+    """A signal to deliver: to an id, or to whoever occupies a correlation key."""
+
+    target: int | str
+    name: str
+    payload: Payload
+    dedup_key: str | None = None
 
 
 class Snapshot(NamedTuple):

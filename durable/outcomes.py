@@ -1,18 +1,20 @@
 """What a step may return, and the exceptions by which user code steers instead of failing.
 
-`Done`, `Stop` and `Retry` are outcomes; a plain return value of a task means `Done(value)`. `Cancel` and
-`RetryRequested` are control flow and do not derive from `DurableError`, so that `except DurableError` cannot eat them.
+The six outcomes; a plain return value of a task means `Done(value)`. `Cancel` and `RetryRequested` are control flow and
+do not derive from `DurableError`, so that `except DurableError` cannot eat them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from durable.errors import OutcomeError
+from durable.errors import OutcomeError, ValidationError
+from durable.validation import MAX_DELAY, shown, text
 
-MAX_DELAY = 10 * 366 * 86400.0
-"""Longest delay of any kind, in seconds: ten years."""
+MAX_NAMES = 100
+MAX_CHILDREN = 10_000
 
 
 def check_delay(value: Any, what: str) -> float:
@@ -22,6 +24,30 @@ def check_delay(value: Any, what: str) -> float:
     if not 0 <= value <= MAX_DELAY:
         raise OutcomeError(f"{what} must be from 0 to {MAX_DELAY:.0f} seconds (ten years), got {value!r}")
     return float(value)
+
+
+class _Keep:
+    """Stands for "the state as it is"."""
+
+    def __repr__(self) -> str:
+        return "KEEP"
+
+
+KEEP: Any = _Keep()
+"""State left out of an outcome: the stored state stays."""
+
+StepTarget = str | Callable[..., Any]
+"""A step, by name or as the method itself: "ship", self.ship or Checkout.ship."""
+
+
+def step_name(target: Any) -> str:
+    """Return the name of a step target. Raises OutcomeError for what is neither a name nor a method marked @step."""
+    if isinstance(target, str):
+        return target
+    name = getattr(target, "__durable_step__", None)
+    if isinstance(name, str):
+        return name
+    raise OutcomeError(f"a step is named by text or by a method marked @step, got {shown(target)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +65,84 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
-    """The same step again after `delay` seconds, as another attempt; 0 is runnable at once."""
+class Next:
+    """Go on with `step`, as its first attempt, after `delay` seconds.
 
+    inline  run it at once on the claim that is held; None: as the machine was defined
+    """
+
+    step: StepTarget
+    state: Any = KEEP
+    _: KW_ONLY
+    delay: float = 0.0
+    inline: bool | None = None
+
+    def __post_init__(self) -> None:
+        step_name(self.step)
+        check_delay(self.delay, "Next(delay=...)")
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The same step again after `delay` seconds (0: runnable at once), as another attempt. Awaited signals are kept."""
+
+    state: Any = KEEP
+    _: KW_ONLY
     delay: float = 0.0
 
     def __post_init__(self) -> None:
         check_delay(self.delay, "Retry(delay=...)")
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Park until a signal whose name is in `names` arrives, then go on with `then`.
+
+    names    one name, or several
+    timeout  seconds after which it goes on anyway, with what has arrived; None: never
+    """
+
+    names: str | Iterable[str]
+    then: StepTarget
+    state: Any = KEEP
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        step_name(self.then)
+        names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
+        if not 1 <= len(names) <= MAX_NAMES:
+            raise OutcomeError(f"Await needs 1 to {MAX_NAMES} signal names, got {len(names)}")
+        for name in names:
+            try:
+                text(name, "a signal's name")
+            except ValidationError as error:
+                raise OutcomeError(str(error)) from None
+        object.__setattr__(self, "names", names)
+        if self.timeout is not None:
+            check_delay(self.timeout, "Await(timeout=...)")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleChildren:
+    """Insert `children`, park, and go on with `then` when all of them are finished, however they ended.
+
+    children  tasks or machines, each bare or as (task or machine, options of `insert`)
+    """
+
+    children: Iterable[Any]
+    then: StepTarget
+    state: Any = KEEP
+
+    def __post_init__(self) -> None:
+        step_name(self.then)
+        children = tuple(self.children)
+        if len(children) > MAX_CHILDREN:
+            raise OutcomeError(f"ScheduleChildren takes at most {MAX_CHILDREN:,} children, got {len(children):,}")
+        object.__setattr__(self, "children", children)
+
+
+Outcome = Done | Stop | Next | Retry | Await | ScheduleChildren
+OUTCOMES = (Done, Stop, Next, Retry, Await, ScheduleChildren)
 
 
 class Cancel(Exception):

@@ -12,6 +12,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, Ty
 from durable import validation
 from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
+from durable.machine import Machine, MachineDefinition, MachineOptions
 from durable.retry import Backoff, RetryPolicy, default_backoff
 from durable.task import ASubmit, AsyncTask, Encode, Submit, Task, TaskOptions, default_name
 
@@ -31,6 +32,20 @@ class TaskArguments(TypedDict, total=False):
     dont_retry_for: type[BaseException] | Iterable[type[BaseException]]
     backoff: Backoff
     serializer: str | None
+
+
+class MachineArguments(TypedDict, total=False):
+    """Options of `@app.machine`."""
+
+    name: str
+    queue: str
+    priority: int
+    version: int
+    inline: bool
+    serializer: str | None
+
+
+Definition = Task[..., Any] | MachineDefinition
 
 
 class TaskDecorator(Protocol):
@@ -55,8 +70,18 @@ class Registry:
     """Tasks by name and version. The three functions are what its tasks encode and submit with."""
 
     def __init__(self, encode: Encode, submit: Submit, asubmit: ASubmit) -> None:
-        self.tasks: dict[tuple[str, int], Task[..., Any]] = {}
+        self.definitions: dict[tuple[str, int], Definition] = {}
         self._task_functions = (encode, submit, asubmit)
+
+    @property
+    def tasks(self) -> dict[tuple[str, int], Task[..., Any]]:
+        """The registered tasks, by name and version."""
+        return {key: task for key, task in self.definitions.items() if isinstance(task, Task)}
+
+    @property
+    def machines(self) -> dict[tuple[str, int], MachineDefinition]:
+        """The registered machines, by name and version."""
+        return {key: machine for key, machine in self.definitions.items() if isinstance(machine, MachineDefinition)}
 
     @overload
     def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
@@ -116,22 +141,53 @@ class Registry:
         )
         kind = AsyncTask if inspect.iscoroutinefunction(function) else Task
         task: Task[..., Any] = kind(function, options, *self._task_functions)
-        taken = self.tasks.get((options.name, options.version))
-        if taken is not None and not _same_function(taken.function, function):
-            raise DefinitionError(
-                f"task {options.name!r} version {options.version} is defined twice: {_place(taken.function)} "
-                f"and {_place(function)}; rename one or raise its version"
-            )
-        self.tasks[options.name, options.version] = task
+        self._add("task", task, _place(function))
         return task
 
-    def find_task(self, name: str, version: int | None = None) -> Task[..., Any]:
-        """Return a registered task, the newest version unless told. Raises UnknownTaskError naming near ones."""
-        versions = [v for n, v in self.tasks if n == name]
+    def _add(self, kind: str, definition: Definition, place: str) -> None:
+        key = (definition.name, definition.version)
+        taken = self.definitions.get(key)
+        if taken is not None and _place_of(taken) != place:  # the same place: the module was merely imported again
+            raise DefinitionError(
+                f"{kind} {key[0]!r} version {key[1]} is defined twice: {_place_of(taken)} and {place}; "
+                "rename one or raise its version"
+            )
+        self.definitions[key] = definition
+
+    def machine(self, cls: Any = None, /, **options: Unpack[MachineArguments]) -> Any:
+        """Register a Machine class: `@app.machine` or `@app.machine(queue="checkout", version=2)`.
+
+        name        default `module.Class`
+        version     generation; instances finish on the one they started with
+        inline      whether a `Next` is run at once on the claim that is held
+        serializer  of its states and results, instead of the setting
+        Returns the class. Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
+        """
+        unknown = set(options) - MachineArguments.__annotations__.keys()
+        if unknown:
+            name = sorted(unknown)[0]
+            known = MachineArguments.__annotations__
+            raise DefinitionError(f"unknown machine option {name!r}{validation.near(name, known)}")
+
+        def register(cls: type[Machine]) -> type[Machine]:
+            if not isinstance(cls, type) or not issubclass(cls, Machine):
+                raise DefinitionError(f"@app.machine takes a subclass of Machine, got {validation.shown(cls)}")
+            given = dict(options)
+            chosen = MachineOptions(name=given.pop("name", None) or default_name(cls), **given)  # type: ignore[arg-type]
+            encode, cls._submit, cls._asubmit = self._task_functions
+            cls.definition = MachineDefinition(cls, chosen, encode)
+            self._add("machine", cls.definition, _place_of(cls.definition))
+            return cls
+
+        return register if cls is None else register(cls)
+
+    def find_task(self, name: str, version: int | None = None) -> Definition:
+        """Return a registered task or machine, the newest version unless told. Raises UnknownTaskError."""
+        versions = [v for n, v in self.definitions if n == name]
         if not versions or (version is not None and version not in versions):
             what = f"task {name!r}" if version is None else f"task {name!r} version {version}"
-            raise UnknownTaskError(f"no {what} is registered{validation.near(name, {n for n, _ in self.tasks})}")
-        return self.tasks[name, max(versions) if version is None else version]
+            raise UnknownTaskError(f"no {what} is registered{validation.near(name, {n for n, _ in self.definitions})}")
+        return self.definitions[name, max(versions) if version is None else version]
 
 
 def _types(value: Any, what: str) -> tuple[type[BaseException], ...]:
@@ -149,6 +205,7 @@ def _place(function: Callable[..., Any]) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
-def _same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether a module was merely imported again (reloaded, or once as `__main__`)."""
-    return _place(one) == _place(other)
+def _place_of(definition: Definition) -> str:
+    if isinstance(definition, Task):
+        return _place(definition.function)
+    return _place(next(iter(definition.steps.values())))

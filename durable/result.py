@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar
 
 from durable import validation
-from durable.context import current
+from durable.context import Child, Children, current
 from durable.errors import (
     DatabaseUnavailableError,
     DurableError,
@@ -46,8 +46,12 @@ class ResultSource(Protocol):
     def wait_for(self, instance_id: int) -> Future[Snapshot]: ...
     def stop_waiting(self, instance_id: int, waiter: Future[Snapshot]) -> None: ...
     def decode_result(self, snapshot: Snapshot) -> Any: ...
-    def cancel(self, target: int | str, reason: str | None = None) -> bool: ...
-    async def acancel(self, target: int | str, reason: str | None = None) -> bool: ...
+    def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
+    async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
+    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool: ...
+    def read_children(
+        self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
+    ) -> list[Child]: ...
 
 
 class AsyncResult(Generic[R]):
@@ -166,13 +170,22 @@ class AsyncResult(Generic[R]):
         snapshot = self._final or self._keep(await self._source.afetch(self.id))
         return "not_found" if snapshot is None else snapshot.status
 
-    def cancel(self, reason: str | None = None) -> bool:
+    def cancel(self, reason: str | None = None, *, cascade: bool = False) -> bool:
         """Cancel it: at once if it waits, else when its step ends. False when it is finished already."""
-        return self._source.cancel(self.id, reason)
+        return self._source.cancel(self.id, reason, cascade=cascade)
 
-    async def acancel(self, reason: str | None = None) -> bool:
+    async def acancel(self, reason: str | None = None, *, cascade: bool = False) -> bool:
         """`cancel` for coroutines."""
-        return await self._source.acancel(self.id, reason)
+        return await self._source.acancel(self.id, reason, cascade=cascade)
+
+    def signal(self, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool:
+        """Put a message into its inbox; as `app.signal`."""
+        return self._source.signal(self.id, name, payload, dedup_key=dedup_key)
+
+    @property
+    def children(self) -> Children:
+        """Its children of every round, live and finished."""
+        return Children(lambda after: self._source.read_children(self.id, None, after))
 
     def __repr__(self) -> str:
         return f"<AsyncResult {self._id}>"

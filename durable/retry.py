@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from durable.outcomes import MAX_DELAY
+from durable.validation import MAX_DELAY
 
 Backoff = Callable[[int], float]
 """Seconds to wait after the failed attempt of that number, counted from 0."""

@@ -9,12 +9,13 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from durable import validation
-from durable.errors import DefinitionError, ValidationError
+from durable.errors import DefinitionError
+from durable.insertion import InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
 from durable.result import AsyncResult
 from durable.retry import RetryPolicy
@@ -194,21 +195,8 @@ class Task(Generic[P, R]):
         new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
         return await self._asubmit(new, connection, notify_in_transaction)
 
-    def new(
-        self,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        schedule_in: float | None = None,
-        schedule_at: datetime | None = None,
-        expires: float | timedelta | datetime | None = None,
-        priority: int | None = None,
-        queue: str | None = None,
-        correlation_key: str | None = None,
-        correlation_scope: Sequence[str] | None = None,
-        max_attempts: int | None = None,
-    ) -> NewInstance:
-        """Return the checked row for a run with these arguments and options; writes nothing."""
+    def new(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any) -> NewInstance:
+        """Return the checked row for a run with these arguments and the options of an insert; writes nothing."""
         kwargs = kwargs or {}
         try:
             self._signature.bind(*args, **kwargs)
@@ -219,25 +207,17 @@ class Task(Generic[P, R]):
             state["args"] = list(args)
         if kwargs:
             state["kwargs"] = dict(kwargs)
-        options = self.options
+        own = self.options
         new = NewInstance(
-            machine=options.name,
-            machine_version=options.version,
+            machine=own.name,
+            machine_version=own.version,
             step=STEP,
-            state=self._encode(state, "arguments", options.serializer),
-            queue=options.queue if queue is None else validation.queue(queue),
-            priority=options.priority if priority is None else validation.priority(priority),
+            state=self._encode(state, "arguments", own.serializer),
+            queue=own.queue,
+            priority=own.priority,
         )
-        if schedule_in is not None or schedule_at is not None or expires is not None:
-            _set_times(new, schedule_in, schedule_at, expires)
-        if max_attempts is not None:
-            new.max_attempts = validation.max_attempts(max_attempts)
-        if correlation_key is not None:
-            new.correlation_key = validation.text(correlation_key, "correlation_key")
-        if correlation_scope is not None:
-            new.correlation_scope = validation.scope(correlation_scope)
-            if correlation_key is None:
-                raise ValidationError("correlation_scope says when correlation_key is occupied; give that too")
+        if options:
+            apply_options(new, InsertOptions(**options))
         return new
 
     def __repr__(self) -> str:
@@ -265,33 +245,3 @@ def _signature(function: Callable[..., Any], options: TaskOptions) -> inspect.Si
     if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return signature
     return signature.replace(parameters=parameters[1:])
-
-
-def _set_times(
-    new: NewInstance,
-    schedule_in: float | None,
-    schedule_at: datetime | None,
-    expires: float | timedelta | datetime | None,
-) -> None:
-    if schedule_in is not None and schedule_at is not None:
-        raise ValidationError("give a delay (countdown, schedule_in) or a moment (eta, schedule_at), not both")
-    if schedule_in is not None:
-        new.delay = validation.seconds(schedule_in, "countdown")
-    if schedule_at is not None:
-        new.at = validation.moment(schedule_at, "eta")
-    if isinstance(expires, timedelta):
-        expires = expires.total_seconds()
-    if isinstance(expires, datetime):
-        new.expires_at = validation.moment(expires, "expires")
-        if expires <= datetime.now(expires.tzinfo):
-            raise ValidationError(f"expires is in the past: {expires!r}")
-        if new.at is not None and new.expires_at <= new.at:
-            raise ValidationError(f"expires ({expires!r}) is not after eta ({new.at!r}): it could never start")
-        if new.delay is not None and new.expires_at <= datetime.now(UTC) + timedelta(seconds=new.delay):
-            raise ValidationError(f"expires ({expires!r}) is not after countdown ({new.delay:g} s)")
-    elif expires is not None:
-        new.expires_in = validation.seconds(expires, "expires")
-        if new.expires_in <= (new.delay or 0):
-            raise ValidationError(f"expires ({expires!r} s) is not after countdown ({new.delay or 0:g} s)")
-        if new.at is not None and datetime.now(UTC) + timedelta(seconds=new.expires_in) <= new.at:
-            raise ValidationError(f"expires ({expires!r} s) is not after eta ({new.at!r}): it could never start")

@@ -10,11 +10,12 @@ from typing import Any
 
 from durable.errors import ValidationError
 from durable.instance import LIVE, STATUSES
-from durable.outcomes import MAX_DELAY
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 MAX_ID = 2**63 - 1
+MAX_DELAY = 10 * 366 * 86400.0
+"""Longest delay of any kind, in seconds: ten years."""
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from durable.instance import NewInstance
@@ -103,6 +103,20 @@ class Wakeups:
         if True in scheduled:
             operations.append(self._notify(self._due_channel, ""))
         return operations
+
+    def became_ready(self, by_queue: Mapping[str, int]) -> list[Operation[Any]]:
+        """Return the notifications for rows that a commit of ours made runnable; often none."""
+        if not self._enabled:
+            return []
+        return [
+            self._notify(self._queue_channel, payload(queue, count, 0))
+            for queue, count in by_queue.items()
+            if self._may(queue)
+        ]
+
+    def any_queue(self) -> list[Operation[Any]]:
+        """Return the constant notification that a caller's transaction carries."""
+        return [self._notify(self._queue_channel, ANY_QUEUE)] if self._enabled else []
 
     def handed_back(self, by_queue: dict[str, int]) -> list[Operation[Any]]:
         """Return the notifications for rows given back to their place in the order, behind the pickers' positions."""

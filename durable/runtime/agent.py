@@ -76,7 +76,7 @@ class Agent:
             app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
-        self._known = [f"{task}:{version}" for task, version in app.tasks]
+        self._known = [f"{task}:{version}" for task, version in app.definitions]
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
         self._turn_of: dict[str, int] = {}
@@ -320,9 +320,10 @@ class Agent:
         for queue in probe.suspects:
             self._hint_suspect(queue)
         if probe.due:
-            promoted = self._link.run(maintenance.promote(PROMOTE_BATCH))
-            for operation in self._app.wakeups.promoted(promoted):
-                self._link.run(operation)
+            for operation_of in (maintenance.promote, maintenance.time_out):
+                woken = self._link.run(operation_of(PROMOTE_BATCH))
+                for operation in self._app.wakeups.promoted(woken):
+                    self._link.run(operation)
         if probe.expired and self._app.conf.reaper:
             self._reap()
 

@@ -113,9 +113,10 @@ class Beat:
 
     def _promote(self) -> None:
         """Make due rows runnable, then sleep until the next is due, as the database's clock says."""
-        while promoted := self._link.run(maintenance.promote(PROMOTE_BATCH)):
-            for operation in self._app.wakeups.promoted(promoted):
-                self._link.run(operation)
+        for operation_of in (maintenance.promote, maintenance.time_out):
+            while woken := self._link.run(operation_of(PROMOTE_BATCH)):
+                for operation in self._app.wakeups.promoted(woken):
+                    self._link.run(operation)
         wait = self._link.run(maintenance.next_due())
         wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
         self._promote_at = time.monotonic() + wait

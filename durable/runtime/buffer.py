@@ -35,6 +35,12 @@ class Buffer:
         if self.slot_waits:
             self._ready.set()
 
+    def put_first(self, rows: Iterable[Claimed]) -> None:
+        """Engine: add rows before all others."""
+        self._rows.extendleft(rows)
+        if self.slot_waits:
+            self._ready.set()
+
     def take(self) -> Claimed | None:
         """Slot: the next row; blocks while there is none, None when the buffer was closed."""
         while True:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import psycopg
 
 from durable.app import Durable
-from durable.instance import Claimed
+from durable.instance import Claimed, Payload
 from durable.runtime import identity
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
@@ -33,8 +33,8 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.picker import Picker
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
 from durable.runtime.slot import SHORT_STEP, Slot
-from durable.storage import claims, workers
-from durable.storage.claims import Commit
+from durable.storage import claims, signals, workers
+from durable.storage.claims import Commit, Flushed
 from durable.storage.session import describe
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Engine:
         self._picker = Picker(self._link, queue)
         self.buffer = Buffer(bell.ring)
         self.outbox = Outbox(bell.ring)
-        executor = Executor(app, app.tasks, app.codec, app.conf.max_attempts)
+        executor = Executor(app, app.definitions, app.codec, app.conf.max_attempts)
         self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns)
         self._held: dict[int, int] = {}
         self._worker = 0
@@ -175,23 +175,51 @@ class Engine:
 
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
-        committed: set[int] = set()
+        if self._stop_asked() is not None:
+            for commit in owned:
+                if commit.status == "executing":
+                    commit.status = "runnable"  # nothing new begins here: somebody else takes the next step
+        flushed = Flushed()
         try:
             if owned:
-                committed = self._flusher.flush(self._worker, owned)
+                flushed = self._flusher.flush(self._worker, owned)
         finally:
             # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
+            hops = [c for c in owned if c.status == "executing" and c.claimed.id in flushed.committed]
             for commit in owned:
-                self._held.pop(commit.claimed.id, None)
+                if commit not in hops:
+                    self._held.pop(commit.claimed.id, None)
             self.outbox.settled(len(batch))
-        if len(committed) < len(batch):
-            stale = [commit.claimed.id for commit in batch if commit.claimed.id not in committed]
+        if hops:
+            self._go_on(hops, flushed)
+        if len(flushed.committed) < len(batch):
+            stale = [commit.claimed.id for commit in batch if commit.claimed.id not in flushed.committed]
             log.warning("outcomes were stale: the rows had been taken away", extra={"instances": stale[:20]})
         self._more = True
-        scheduled = any(commit.status == "scheduled" and commit.claimed.id in committed for commit in batch)
-        if scheduled:
+        for operation in self._app.wakeups.became_ready(flushed.ready):
+            self._link.run(operation)
+        if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
             for operation in self._app.wakeups.due_sooner():
                 self._link.run(operation)
+
+    def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
+        """Run the next step of inline machines at once, on the claim that is still held."""
+        rows = []
+        for hop in hops:
+            state = hop.state or Payload(hop.claimed.state_type, hop.claimed.state)
+            row = hop.claimed._replace(
+                version=hop.claimed.version + 1,
+                step=hop.step or hop.claimed.step,
+                attempt=0,
+                crashes=0,
+                state_type=state.type,
+                state=state.body,
+                inbox=hop.claimed.id in flushed.inboxes,
+                awaits=None,
+                signals=(),
+            )
+            rows.append(row)
+        self.buffer.put_first(self._with_inboxes(rows))
 
     # Give back
 
@@ -274,14 +302,35 @@ class Engine:
             self._reconcile_at = time.monotonic() + self._app.conf.reconcile_interval
         for row in rows:
             self._held[row.id] = row.token
+        try:
+            return self._runnable_here(self._with_inboxes(rows))
+        except psycopg.Error:
+            for row in rows:
+                self._held.pop(row.id, None)  # reconcile, which follows every error, gives the whole claim back
+            raise
+
+    def _with_inboxes(self, rows: list[Claimed]) -> list[Claimed]:
+        """Load the inboxes of those that may have one, in one statement."""
+        ids = [row.id for row in rows if row.inbox]
+        if not ids:
+            return rows
+        inboxes = self._link.run(signals.inbox(ids))
+        return [row._replace(signals=inboxes.get(row.id, ())) if row.inbox else row for row in rows]
+
+    def _runnable_here(self, rows: list[Claimed]) -> list[Claimed]:
+        """Deal with rows that have expired or that this process does not know; return the others."""
         expired = [row for row in rows if row.expired]
-        unknown = [row for row in rows if not row.expired and (row.machine, row.machine_version) not in self._app.tasks]
+        unknown = [
+            row for row in rows if not row.expired and (row.machine, row.machine_version) not in self._app.definitions
+        ]
         if not expired and not unknown:
             return rows
         if expired:
             for row in expired:
                 self._held.pop(row.id, None)
-            self._link.run_atomically(claims.expire(self._worker, [(row.id, row.token) for row in expired]))
+            woken = self._link.run_atomically(claims.expire(self._worker, [(row.id, row.token) for row in expired]))
+            for operation in self._app.wakeups.became_ready(woken):
+                self._link.run(operation)
         for row in unknown:
             self._picker.hide(row.machine, row.machine_version)
             log.error(

@@ -18,10 +18,10 @@ from psycopg import errors as pg_errors
 
 from durable.errors import OutcomeError
 from durable.runtime.backoff import Backoff
-from durable.runtime.executor import error_json
+from durable.runtime.failures import error_json
 from durable.runtime.link import Link, Stopped
 from durable.storage import claims, partitions
-from durable.storage.claims import Commit
+from durable.storage.claims import Commit, Flushed
 from durable.storage.session import describe
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Flusher:
         self._link = link
         self._pause = pause
 
-    def flush(self, worker: int, batch: Sequence[Commit]) -> set[int]:
-        """Commit what can be committed and return the ids that are durable; the others are stale.
+    def flush(self, worker: int, batch: Sequence[Commit]) -> Flushed:
+        """Commit what can be committed; what is not in `committed` is stale.
 
         Raises Stopped when the process must end before the database would answer.
         """
@@ -50,10 +50,10 @@ class Flusher:
         told = False
         while True:
             try:
-                committed = claims.flush(self._link.connection, self._link.sql, worker, batch)
-                if submitted_before and len(committed) < len(batch):
-                    committed |= self._link.run(claims.resolve(batch))
-                return committed
+                flushed = claims.flush(self._link.connection, self._link.sql, worker, batch)
+                if submitted_before and len(flushed.committed) < len(batch):
+                    flushed.committed |= self._link.run(claims.resolve(batch))
+                return flushed
             except pg_errors.CheckViolation as error:
                 if "no partition" not in str(error):
                     return self._halve(worker, batch, error)
@@ -69,10 +69,12 @@ class Flusher:
             if self._pause(backoff.next()):
                 raise Stopped
 
-    def _halve(self, worker: int, batch: Sequence[Commit], error: psycopg.Error) -> set[int]:
+    def _halve(self, worker: int, batch: Sequence[Commit], error: psycopg.Error) -> Flushed:
         if len(batch) > 1:
             middle = len(batch) // 2
-            return self.flush(worker, batch[:middle]) | self.flush(worker, batch[middle:])
+            flushed = self.flush(worker, batch[:middle])
+            flushed.add(self.flush(worker, batch[middle:]))
+            return flushed
         (commit,) = batch
         log.error(
             "an outcome can't be committed: %s",

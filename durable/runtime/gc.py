@@ -23,7 +23,7 @@ def collect(link: Link, conf: Config) -> int:
     swept = 0
     while (count := link.run(maintenance.sweep_kept(conf.retention, BATCH))) > 0:
         swept += count
-    forgotten = link.run(maintenance.sweep_workers())
+    forgotten = link.run(maintenance.sweep_workers()) + link.run(maintenance.sweep_signals())
     if dropped or swept:
         log.info("garbage collected: partitions %s, %d kept rows", dropped, swept)
     return len(dropped) + swept + forgotten

@@ -33,7 +33,7 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          i.expires_at <= clock_timestamp(), i.queue;
+          i.expires_at <= clock_timestamp(), i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
 
 -- name: claim_suspect
 -- Claim one row that has a crash behind it, for a worker process that holds nothing else.
@@ -57,7 +57,7 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          i.expires_at <= clock_timestamp(), i.queue;
+          i.expires_at <= clock_timestamp(), i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
 
 -- name: held
 -- What a worker id holds. Params: worker bigint. Rows: id, token.
@@ -101,42 +101,62 @@ WITH outcome AS MATERIALIZED (
       AND (i.worker_id, i.token, i.version, i.status)
           IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
     RETURNING i.*, o.status AS o_status, o.result_type AS o_type, o.result AS o_result, o.error AS o_error
+), cleared AS (
+    -- A signal that commits while this statement runs is not seen here; the sweep finds it.
+    DELETE FROM {schema}.signals AS s USING gone WHERE gone.inbox AND s.target_id = gone.id
 )
 INSERT INTO {schema}.history
     (id, eligible_at, created_at, finished_at, expires_at, worker_id, status, token, version, attempt,
      machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
-     result_type, result, error, correlation_key, correlation_scope, reason)
+     result_type, result, error, correlation_key, correlation_scope, reason, parent_id, parent_round, children_round)
 SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
        CASE WHEN cancel_requested THEN 'cancelled' ELSE o_status END::{schema}.status, token, version + 1, attempt,
        machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
        CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
-       CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL
+       CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL,
+       parent_id, parent_round, children_round
 FROM gone
 RETURNING id;
 
 -- name: advance
--- Commit outcomes that keep their row: retries, and terminal outcomes of rows that keep a correlation key.
--- Fenced as finish. A requested cancel makes any of them `cancelled`; archive then moves what may go.
--- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses (runnable, scheduled, done,
---         failed, cancelled), attempts, delays in seconds, result_types, results, errors.
--- Rows:   id, status, queue of the committed ones; the others are stale.
+-- Commit outcomes that keep their row: every outcome but the end, and the ends of rows that keep a correlation key.
+-- Fenced as finish. A requested cancel makes any of them `cancelled`; the ends are archived afterwards.
+-- A retry keeps what was awaited, a park replaces it, progress clears it. An inline hop stays claimed.
+-- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, kinds (retry next await children end),
+--         statuses (the new ones), steps, state_types, states (null: kept), attempts, delays and timeouts in seconds,
+--         awaits and shown (JSON arrays), result_types, results, errors.
+-- Rows:   id, status, queue, children_round, inbox of the committed ones; the others are stale.
 UPDATE {schema}.instances AS i
 SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{schema}.status,
-    worker_id = NULL, version = i.version + 1, attempt = o.attempt, crashes = 0,
+    worker_id = CASE WHEN o.status = 'executing' AND NOT i.cancel_requested THEN i.worker_id END,
+    version = i.version + 1, attempt = o.attempt, crashes = 0,
+    step = coalesce(o.step, i.step),
+    state_type = coalesce(o.state_type, i.state_type), state = coalesce(o.state, i.state),
     eligible_at = CASE WHEN o.delay IS NULL THEN i.eligible_at
                        ELSE clock_timestamp() + make_interval(secs => o.delay) END,
-    finished_at = CASE WHEN i.cancel_requested OR o.status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() END,
+    awaits = CASE o.kind WHEN 'retry' THEN i.awaits
+                         WHEN 'await' THEN ARRAY(SELECT jsonb_array_elements_text(o.awaits::jsonb)) END,
+    shown = CASE o.kind WHEN 'retry' THEN i.shown
+                        WHEN 'await' THEN coalesce(i.shown, '{}')
+                                          || ARRAY(SELECT jsonb_array_elements_text(o.shown::jsonb)::bigint) END,
+    deadline = CASE WHEN o.kind = 'await' AND NOT i.cancel_requested
+                    THEN clock_timestamp() + make_interval(secs => o.timeout) END,
+    children_round = i.children_round + (o.kind = 'children')::int,
+    finished_at = CASE WHEN i.cancel_requested OR o.kind = 'end' THEN clock_timestamp() END,
     result_type = CASE WHEN NOT i.cancel_requested THEN o.result_type END,
     result = CASE WHEN NOT i.cancel_requested THEN o.result END,
     error = CASE WHEN i.cancel_requested THEN i.error ELSE o.error::jsonb END
 FROM unnest(
-    %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(statuses)s::text[], %(attempts)s::int[],
-    %(delays)s::float8[], %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
-) AS o (id, token, version, status, attempt, delay, result_type, result, error)
+    %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(kinds)s::text[], %(statuses)s::text[],
+    %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[], %(attempts)s::int[], %(delays)s::float8[],
+    %(timeouts)s::float8[], %(awaits)s::text[], %(shown)s::text[],
+    %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
+) AS o (id, token, version, kind, status, step, state_type, state, attempt, delay, timeout, awaits, shown,
+        result_type, result, error)
 WHERE i.id = o.id
   AND (i.worker_id, i.token, i.version, i.status)
       IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
-RETURNING i.id, i.status::text, i.queue;
+RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox;
 
 -- name: committed
 -- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[]. Rows: id, token, version.

@@ -27,19 +27,21 @@ WITH input AS MATERIALIZED (
             %(queues)s::text[], %(priorities)s::int[], %(delays)s::float8[], %(ats)s::timestamptz[],
             %(expires_ins)s::float8[], %(expires_ats)s::timestamptz[], %(machines)s::text[],
             %(machine_versions)s::int[], %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[],
-            %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[]
+            %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[],
+            %(parent_ids)s::bigint[], %(parent_rounds)s::int[]
         ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
-                                state_type, state, max_attempts, correlation_key, correlation_scope, n)
+                                state_type, state, max_attempts, correlation_key, correlation_scope, parent_id,
+                                parent_round, n)
         ORDER BY a.correlation_key, a.n
     ) AS u
 ), inserted AS (
     INSERT INTO {schema}.instances
         (id, queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
-         max_attempts, correlation_key, correlation_scope)
+         max_attempts, correlation_key, correlation_scope, parent_id, parent_round)
     SELECT i.id, i.queue, i.priority, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
            greatest(t.at, t.now), coalesce(i.expires_at, t.now + make_interval(secs => i.expires_in)),
            i.machine, i.machine_version, i.step, i.state_type, i.state, i.max_attempts, i.correlation_key,
-           string_to_array(i.correlation_scope, ',')::{schema}.status[]
+           string_to_array(i.correlation_scope, ',')::{schema}.status[], i.parent_id, i.parent_round
     FROM input AS i
     CROSS JOIN LATERAL (SELECT s.now, coalesce(i.at, s.now + make_interval(secs => i.delay), s.now) AS at
                         FROM (SELECT clock_timestamp() AS now) AS s) AS t
@@ -82,16 +84,26 @@ SELECT id, status::text, result_type, result, error, version, machine, step, que
 FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
 
 -- name: cancel
--- Cancel a waiting instance at once, or ask the one that executes it; nothing when it is finished or unknown.
--- Params: id bigint, error jsonb. Rows: id, status. Locks: the row, so an outcome that commits first wins.
-UPDATE {schema}.instances
+-- Cancel a waiting or parked instance at once, or ask the one that executes it; with `cascade` its live descendants too.
+-- Nothing happens to what is finished. An outcome that commits first wins: it holds the row's lock.
+-- Params: id bigint, cascade bool, error jsonb. Rows: id, status. Locks: the rows, in id order.
+WITH RECURSIVE family AS (
+    SELECT id FROM {schema}.instances WHERE id = %(id)s
+    UNION ALL
+    SELECT c.id FROM {schema}.instances AS c JOIN family AS f ON c.parent_id = f.id WHERE %(cascade)s
+), locked AS MATERIALIZED (
+    SELECT i.id FROM {schema}.instances AS i
+    WHERE i.id IN (SELECT id FROM family) AND i.finished_at IS NULL
+    ORDER BY i.id FOR NO KEY UPDATE
+)
+UPDATE {schema}.instances AS i
 SET cancel_requested = true,
-    status = CASE WHEN status = 'executing' THEN status ELSE 'cancelled' END,
-    finished_at = CASE WHEN status = 'executing' THEN NULL ELSE clock_timestamp() END,
-    error = CASE WHEN cancel_requested THEN error ELSE %(error)s END,
+    status = CASE WHEN i.status = 'executing' THEN i.status ELSE 'cancelled' END,
+    finished_at = CASE WHEN i.status = 'executing' THEN NULL ELSE clock_timestamp() END,
+    error = CASE WHEN i.cancel_requested THEN i.error ELSE %(error)s END,
     reason = NULL
-WHERE id = %(id)s AND finished_at IS NULL
-RETURNING id, status::text;
+FROM locked WHERE i.id = locked.id AND i.finished_at IS NULL
+RETURNING i.id, i.status::text;
 
 -- name: archive
 -- Move the finished ones among these rows to history, unless they keep a correlation key reserved.

@@ -14,7 +14,10 @@ SELECT q.queue,
                WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes > 0
                  AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])),
        EXISTS (SELECT FROM {schema}.instances
-               WHERE status = 'scheduled' AND eligible_at <= (SELECT clock_timestamp())),
+               WHERE status = 'scheduled' AND eligible_at <= (SELECT clock_timestamp()))
+       OR EXISTS (SELECT FROM {schema}.instances
+                  WHERE status = 'awaiting_signal' AND deadline IS NOT NULL
+                    AND deadline <= (SELECT clock_timestamp())),
        EXISTS (SELECT FROM {schema}.workers WHERE dead_at IS NULL AND expires_at < clock_timestamp())
 FROM unnest(%(queues)s::text[], %(idle)s::bigint[]) AS q (queue, idle);
 
@@ -35,9 +38,11 @@ WITH due AS MATERIALIZED (
 SELECT queue, count(*) FROM promoted GROUP BY queue;
 
 -- name: next_due
--- Seconds until the next scheduled row is due; null when there is none.
-SELECT extract(epoch FROM min(eligible_at) - clock_timestamp())::float8 FROM {schema}.instances
-WHERE status = 'scheduled';
+-- Seconds until the next scheduled row or deadline is due; null when there is none.
+SELECT extract(epoch FROM least(
+    (SELECT min(eligible_at) FROM {schema}.instances WHERE status = 'scheduled'),
+    (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL)
+) - clock_timestamp())::float8;
 
 -- name: take_duty
 -- Claim a duty when its interval has passed; any number of beats may ask. Params: name text, interval float8. Rows: name.
@@ -64,6 +69,14 @@ DELETE FROM {schema}.workers AS w
 WHERE w.dead_at < clock_timestamp() - interval '1 hour'
   AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
 RETURNING w.id;
+
+-- name: sweep_signals
+-- Delete signals of instances that are finished: those that were delivered while their target's end committed.
+-- Rows: id.
+DELETE FROM {schema}.signals AS s
+WHERE s.created_at < clock_timestamp() - interval '1 minute'
+  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.target_id AND i.finished_at IS NULL)
+RETURNING s.id;
 
 -- name: now
 -- The database's clock.

@@ -2,22 +2,26 @@
 
 Called by one thread per worker process, on that process's one connection. SQL in sql/claims.sql.
 
-A flush commits a batch of outcomes of one worker in at most three statements whatever its size: `finish` moves the
-plainly terminal ones to history, `advance` updates those that keep their row, `archive` moves what `advance` finished
-and nothing keeps. Rows of two flushes are disjoint (a row has one owner) and every statement goes in id order.
+A flush commits a batch of outcomes of one worker in a number of statements that does not depend on its size: `finish`
+moves the plainly terminal ones to history, `advance` updates those that keep their row, and each kind of rider
+(consumed signals, children, barriers, inboxes) goes once for the whole batch. Riders are made only for what committed.
+Rows of two flushes are disjoint (a row has one owner), parents are locked together with the rows in id order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from psycopg.types.json import Jsonb
 
-from durable.instance import Claimed, Payload
+from durable.instance import TERMINAL, Claimed, NewInstance, Payload
 from durable.sql import Statements
 from durable.storage.arrays import ByteaArray, Float8Array, Int4Array, Int8Array, TextArray
+from durable.storage.instances import end, insert_many, lower_barriers
 from durable.storage.session import Connection, Operation, run, run_atomically
 
 
@@ -25,8 +29,15 @@ from durable.storage.session import Connection, Operation, run, run_atomically
 class Commit:
     """One outcome on its way to the database.
 
-    status   done, failed, cancelled; or runnable, scheduled for another attempt after `delay` seconds
-    error    JSON text {"type", "message", "traceback"} or None; it must hold no NUL and no lone surrogate
+    status    what the row becomes: done, failed; runnable, scheduled, awaiting_signal, awaiting_children; or
+              executing for an inline hop, which keeps its claim
+    kind      retry, next, await, children, end: what becomes of attempt, awaits and signals
+    step      the next step, None: the same
+    state     None: kept
+    error     JSON text {"type", "message", "traceback"} or None; it must hold no NUL and no lone surrogate
+    delay     seconds until eligible; timeout: seconds until a park ends by itself
+    consumed  ids of signals this outcome consumes; shown: ids the step was shown and did not consume
+    children  rows to insert with this outcome
     """
 
     claimed: Claimed
@@ -35,11 +46,43 @@ class Commit:
     error: str | None = None
     attempt: int = 0
     delay: float | None = None
+    kind: str = ""
+    step: str | None = None
+    state: Payload | None = None
+    timeout: float | None = None
+    awaits: Sequence[str] = ()
+    shown: Sequence[int] = ()
+    consumed: Sequence[int] = ()
+    children: Sequence[NewInstance] = ()
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            self.kind = "end" if self.status in TERMINAL else "retry"
 
     @property
     def keeps_row(self) -> bool:
         """Whether the row may stay in the live table."""
-        return self.claimed.keeps_key or self.status in ("runnable", "scheduled")
+        return self.claimed.keeps_key or self.kind != "end"
+
+
+@dataclass(slots=True)
+class Flushed:
+    """What a flush did.
+
+    committed  ids whose outcome is durable; the others are stale
+    ready      rows that became runnable per queue: parents, children, parks that found their signal, next steps
+    inboxes    committed ids that may have signals
+    """
+
+    committed: set[int] = field(default_factory=set)
+    ready: Counter[str] = field(default_factory=Counter)
+    inboxes: set[int] = field(default_factory=set)
+
+    def add(self, other: Flushed) -> None:
+        """Count another flush in."""
+        self.committed |= other.committed
+        self.ready += other.ready
+        self.inboxes |= other.inboxes
 
 
 def claim(
@@ -92,18 +135,15 @@ def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None =
             "reason": reason,
         },
     )
-    cancelled = [row[0] for row in rows if row[2] == "cancelled"]
-    if cancelled:
-        yield "archive", {"ids": Int8Array(cancelled)}
-    counts: dict[str, int] = {}
+    counts = yield from end([row[0] for row in rows if row[2] == "cancelled"])
     for _, queue, status in rows:
         if status == "runnable":
             counts[queue] = counts.get(queue, 0) + 1
     return counts
 
 
-def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[int]:
-    """End claims whose `expires` passed before they started; return how many. Needs a transaction."""
+def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str, int]]:
+    """End claims whose `expires` passed before they started; return woken parents per queue. Needs a transaction."""
     ordered = sorted(claims)
     rows = yield (
         "expire",
@@ -114,58 +154,122 @@ def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[int]:
             "error": Jsonb({"type": "Expired", "message": "its `expires` passed before it started"}),
         },
     )
-    yield "archive", {"ids": Int8Array([row[0] for row in rows])}
-    return len(rows)
+    return (yield from end([row[0] for row in rows]))
 
 
-def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[Commit]) -> set[int]:
-    """Commit a batch of outcomes in one transaction; return the ids that committed, the others are stale.
+def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[Commit]) -> Flushed:
+    """Commit a batch of outcomes in one transaction.
 
     Raises psycopg.Error, with nothing committed (or, when the connection is lost, nothing known: see `resolve`).
     """
-    keeping = any(commit.keeps_row for commit in batch)
-    return (run_atomically if keeping else run)(connection, sql, _flush(worker, batch))
+    plain = all(
+        commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.parent_id is None for commit in batch
+    )
+    return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))
 
 
-def _flush(worker: int, batch: Sequence[Commit]) -> Operation[set[int]]:
+def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
     batch = sorted(batch, key=lambda commit: commit.claimed.id)
-    committed: set[int] = set()
+    flushed = Flushed()
+    parents = {commit.claimed.parent_id for commit in batch if commit.claimed.parent_id is not None}
+    if parents:
+        yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
     ending = [commit for commit in batch if not commit.keeps_row]
     if ending:
-        rows = yield (
-            "finish",
-            {
-                "worker": worker,
-                "ids": Int8Array([commit.claimed.id for commit in ending]),
-                "tokens": Int4Array([commit.claimed.token for commit in ending]),
-                "versions": Int4Array([commit.claimed.version for commit in ending]),
-                "statuses": TextArray([commit.status for commit in ending]),
-                "result_types": TextArray([commit.result and commit.result.type for commit in ending]),
-                "results": ByteaArray([commit.result and commit.result.body for commit in ending]),
-                "errors": TextArray([commit.error for commit in ending]),
-            },
-        )
-        committed.update(row[0] for row in rows)
+        yield from _finish(worker, ending, flushed)
     staying = [commit for commit in batch if commit.keeps_row]
     if staying:
-        rows = yield (
-            "advance",
-            {
-                "worker": worker,
-                "ids": Int8Array([commit.claimed.id for commit in staying]),
-                "tokens": Int4Array([commit.claimed.token for commit in staying]),
-                "versions": Int4Array([commit.claimed.version for commit in staying]),
-                "statuses": TextArray([commit.status for commit in staying]),
-                "attempts": Int4Array([commit.attempt for commit in staying]),
-                "delays": Float8Array([commit.delay for commit in staying]),
-                "result_types": TextArray([commit.result and commit.result.type for commit in staying]),
-                "results": ByteaArray([commit.result and commit.result.body for commit in staying]),
-                "errors": TextArray([commit.error for commit in staying]),
-            },
-        )
-        committed.update(row[0] for row in rows)
-        yield "archive", {"ids": Int8Array([row[0] for row in rows])}
-    return committed
+        yield from _advance(worker, staying, flushed)
+    return flushed
+
+
+def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed) -> Operation[None]:
+    rows = yield (
+        "finish",
+        {
+            "worker": worker,
+            "ids": Int8Array([commit.claimed.id for commit in ending]),
+            "tokens": Int4Array([commit.claimed.token for commit in ending]),
+            "versions": Int4Array([commit.claimed.version for commit in ending]),
+            "statuses": TextArray([commit.status for commit in ending]),
+            "result_types": TextArray([commit.result and commit.result.type for commit in ending]),
+            "results": ByteaArray([commit.result and commit.result.body for commit in ending]),
+            "errors": TextArray([commit.error for commit in ending]),
+        },
+    )
+    gone = {row[0] for row in rows}
+    flushed.committed |= gone
+    ended = [commit.claimed for commit in ending if commit.claimed.id in gone]
+    flushed.ready.update(
+        (yield from lower_barriers(Counter(row.parent_id for row in ended if row.parent_id is not None)))
+    )
+
+
+def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed) -> Operation[None]:
+    rows = yield (
+        "advance",
+        {
+            "worker": worker,
+            "ids": Int8Array([commit.claimed.id for commit in staying]),
+            "tokens": Int4Array([commit.claimed.token for commit in staying]),
+            "versions": Int4Array([commit.claimed.version for commit in staying]),
+            "kinds": TextArray([commit.kind for commit in staying]),
+            "statuses": TextArray([commit.status for commit in staying]),
+            "steps": TextArray([commit.step for commit in staying]),
+            "state_types": TextArray([commit.state and commit.state.type for commit in staying]),
+            "states": ByteaArray([commit.state and commit.state.body for commit in staying]),
+            "attempts": Int4Array([commit.attempt for commit in staying]),
+            "delays": Float8Array([commit.delay for commit in staying]),
+            "timeouts": Float8Array([commit.timeout for commit in staying]),
+            "awaits": TextArray([json.dumps(list(commit.awaits)) for commit in staying]),
+            "shown": TextArray([json.dumps(list(commit.shown)) for commit in staying]),
+            "result_types": TextArray([commit.result and commit.result.type for commit in staying]),
+            "results": ByteaArray([commit.result and commit.result.body for commit in staying]),
+            "errors": TextArray([commit.error for commit in staying]),
+        },
+    )
+    commits = {commit.claimed.id: commit for commit in staying}
+    went_on: dict[int, tuple[Commit, int]] = {}
+    ended: list[int] = []
+    for instance_id, status, queue, children_round, inbox in rows:
+        flushed.committed.add(instance_id)
+        if inbox:
+            flushed.inboxes.add(instance_id)
+        if status in TERMINAL:
+            ended.append(instance_id)  # also whatever was asked to be cancelled meanwhile
+            continue
+        went_on[instance_id] = (commits[instance_id], children_round)
+        if status == "runnable":
+            flushed.ready[queue] += 1
+    consumed = [signal for commit, _ in went_on.values() for signal in commit.consumed]
+    if consumed:
+        yield "consume", {"ids": Int8Array(sorted(consumed))}
+    yield from _insert_children({i: entry for i, entry in went_on.items() if entry[0].kind == "children"}, flushed)
+    parked = [instance_id for instance_id, (commit, _) in went_on.items() if commit.kind == "await"]
+    if parked:
+        woken = yield "wake_parked", {"ids": Int8Array(sorted(parked))}
+        flushed.ready.update(commits[row[0]].claimed.queue for row in woken)
+    flushed.ready.update((yield from end(ended)))
+
+
+def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed) -> Operation[None]:
+    """Insert the children of committed parents and set the barriers; duplicates of occupied keys are dropped."""
+    if not parents:
+        return
+    batch = [
+        replace(child, parent_id=parent, parent_round=children_round)
+        for parent, (commit, children_round) in sorted(parents.items())
+        for child in commit.children
+    ]
+    ids = (yield from insert_many(batch)) if batch else []
+    there = [child for child, instance_id in zip(batch, ids, strict=True) if instance_id is not None]
+    counts = Counter(child.parent_id for child in there)
+    flushed.ready.update(child.queue for child in there if not child.delay and child.at is None)
+    rows = yield (
+        "raise_barrier",
+        {"ids": Int8Array(sorted(parents)), "counts": Int4Array([counts[parent] for parent in sorted(parents)])},
+    )
+    flushed.ready.update(row[1] for row in rows if row[2] == "runnable")
 
 
 def resolve(batch: Sequence[Commit]) -> Operation[set[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -85,6 +86,8 @@ def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
         "correlation_scopes": TextArray(
             [None if new.correlation_scope is None else ",".join(new.correlation_scope) for new in batch]
         ),
+        "parent_ids": Int8Array([new.parent_id for new in batch]),
+        "parent_rounds": Int4Array([new.parent_round for new in batch]),
     }
 
 
@@ -106,14 +109,49 @@ def occupant(correlation_key: str) -> Operation[int | None]:
     return int(rows[0][0]) if rows else None
 
 
-def cancel(instance_id: int, reason: str) -> Operation[bool]:
-    """Cancel a waiting instance, or ask an executing one; False when it is finished or unknown. Needs a transaction."""
-    rows = yield "cancel", {"id": instance_id, "error": Jsonb({"type": "Cancelled", "message": reason})}
-    if not rows:
-        return False
-    if rows[0][1] == "cancelled":
-        yield "archive", {"ids": Int8Array([instance_id])}
-    return True
+def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tuple[bool, dict[str, int]]]:
+    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction.
+
+    Returns whether there was anything to cancel, and how many parents went on for it, per queue.
+    """
+    error = Jsonb({"type": "Cancelled", "message": reason})
+    rows = yield "cancel", {"id": instance_id, "cascade": cascade, "error": error}
+    woken = yield from end([row[0] for row in rows if row[1] == "cancelled"])
+    return instance_id in {row[0] for row in rows}, woken
+
+
+def end(ids: Sequence[int]) -> Operation[dict[str, int]]:
+    """Finish what ended these rows, in the same transaction: lower barriers, clear inboxes, move them to history.
+
+    Rows that keep a correlation key reserved stay. Returns how many parents became runnable, per queue.
+    """
+    if not ids:
+        return {}
+    rows = yield "ended_families", {"ids": Int8Array(sorted(ids))}
+    counts = Counter(row[1] for row in rows if row[1] is not None)
+    woken = yield from lower_barriers(counts)
+    inboxes = [row[0] for row in rows if row[2]]
+    if inboxes:
+        yield "clear_inboxes", {"ids": Int8Array(inboxes)}
+    yield "archive", {"ids": Int8Array(sorted(ids))}
+    return woken
+
+
+def lower_barriers(ended: Mapping[int, int]) -> Operation[dict[str, int]]:
+    """Count ended children (parent id -> how many) off their parents' barriers; return woken parents per queue."""
+    if not ended:
+        return {}
+    parents = sorted(ended)
+    rows = yield (
+        "join_children",
+        {"ids": Int8Array(parents), "counts": Int4Array([ended[parent] for parent in parents])},
+    )
+    return dict(Counter(row[1] for row in rows if row[2] == "runnable"))
+
+
+def children(parent: int, children_round: int | None, after: int, limit: int) -> Operation[list[Row]]:
+    """Return a page of an instance's children by id, of one round or (None) of all."""
+    return (yield "children", {"parent": parent, "round": children_round, "after": after, "limit": limit})
 
 
 def listing(

@@ -50,8 +50,14 @@ def promote(limit: int = 1000) -> Operation[dict[str, int]]:
     return {row[0]: row[1] for row in rows}
 
 
+def time_out(limit: int = 1000) -> Operation[dict[str, int]]:
+    """Wake at most `limit` parks whose deadline has passed; return how many per queue."""
+    rows = yield "time_out", {"limit": limit}
+    return {row[0]: row[1] for row in rows}
+
+
 def next_due() -> Operation[float | None]:
-    """Return seconds until the next scheduled row is due (negative: overdue), None when there is none."""
+    """Return seconds until the next scheduled row or deadline is due (negative: overdue), None when there is none."""
     rows = yield "next_due", {}
     return None if rows[0][0] is None else float(rows[0][0])
 
@@ -65,6 +71,12 @@ def take_duty(name: str, interval: float) -> Operation[bool]:
 def sweep_kept(retention: float, limit: int = 1000) -> Operation[int]:
     """Delete finished rows that reserved their key for `retention` seconds; return how many."""
     rows = yield "sweep_kept", {"retention": retention, "limit": limit}
+    return len(rows)
+
+
+def sweep_signals() -> Operation[int]:
+    """Delete signals left behind by finished instances; return how many."""
+    rows = yield "sweep_signals", {}
     return len(rows)
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from psycopg.types.json import Jsonb
 
 from durable.storage.arrays import Int4Array, Int8Array
+from durable.storage.instances import end
 from durable.storage.session import Operation
 
 
@@ -114,8 +115,8 @@ def reclaim(
             ended.append(instance_id)
             if status == "failed":
                 reclaimed.lost.append(instance_id)
-    if ended:
-        yield "archive", {"ids": Int8Array(ended)}
+    for queue, count in (yield from end(ended)).items():
+        reclaimed.by_queue[queue] = reclaimed.by_queue.get(queue, 0) + count
     return reclaimed
 
 

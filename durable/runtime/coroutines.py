@@ -1,0 +1,20 @@
+"""Runs `async def` user code of a prefork slot: one event loop per process, made when first needed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+class CoroutineRunner:
+    """Runs coroutines to their end on one loop, so that what user code keeps on it stays usable."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Any) -> Any:
+        """Return what the coroutine returns; raises what it raises."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+        return self._loop.run_until_complete(coroutine)

@@ -1,0 +1,168 @@
+"""A step of a machine: load the state, call the method, turn its outcome (or its exception's) into a Commit."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from durable.context import Context, entered
+from durable.errors import CorruptRowError, DurableError, OutcomeError, ValidationError
+from durable.instance import Claimed, NewInstance, Payload
+from durable.machine import MachineDefinition
+from durable.outcomes import (
+    KEEP,
+    OUTCOMES,
+    Await,
+    Cancel,
+    Done,
+    Next,
+    Retry,
+    RetryRequested,
+    ScheduleChildren,
+    Stop,
+    step_name,
+)
+from durable.runtime.coroutines import CoroutineRunner
+from durable.runtime.failures import error_json, failed, log_failure, stopped
+from durable.serialization import Codec
+from durable.storage.claims import Commit
+from durable.validation import near, shown
+
+log = logging.getLogger("durable.step")
+
+
+class MachineRunner:
+    """Runs steps of machines for one slot."""
+
+    def __init__(self, app: Any, codec: Codec, coroutines: CoroutineRunner) -> None:
+        self._app = app
+        self._codec = codec
+        self._coroutines = coroutines
+
+    def run(self, claimed: Claimed, definition: MachineDefinition) -> Commit:
+        """Run the step of a claimed row and return its outcome."""
+        try:
+            data = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
+            state = definition.state_type.load(data)
+            step = definition.steps.get(claimed.step)
+            if step is None:
+                raise CorruptRowError(_no_step(definition, claimed.step))
+        except (CorruptRowError, ValidationError) as error:
+            return failed(claimed, error)
+        context: Context[Any] = Context(claimed, self._app, log, state)
+        machine = definition.cls()
+        error_seen: BaseException
+        try:
+            with entered(context):
+                value = step(machine, context)
+                if inspect.iscoroutine(value):
+                    value = self._coroutines.run(value)
+            return self._commit(claimed, definition, context, value)
+        except Cancel as cancel:
+            return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
+        except RetryRequested as request:
+            return self._commit(claimed, definition, context, Retry(delay=request.delay or 0.0))
+        except BaseException as error:
+            log_failure(log, claimed, error)
+            error_seen = error
+        return self._handled(claimed, definition, context, machine, error_seen)
+
+    def _handled(
+        self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], machine: Any, error: BaseException
+    ) -> Commit:
+        """Ask the machine's `handle`; if that fails too, or returns nonsense, the instance fails for it."""
+        try:
+            with entered(context):
+                value = machine.handle(error, context)
+                if inspect.iscoroutine(value):
+                    value = self._coroutines.run(value)
+            commit = self._commit(claimed, definition, context, value)
+        except BaseException as problem:
+            log_failure(log, claimed, problem)
+            return failed(claimed, problem)
+        if commit.error is None and commit.kind != "end":
+            commit.error = error_json(error)  # a retried or rerouted failure stays visible on the row
+        return commit
+
+    def _commit(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
+        """Turn an outcome into a Commit. Raises OutcomeError, PayloadError, ValidationError: errors of the step."""
+        serializer = definition.options.serializer
+        awaited = [signal.id for signal in context.awaited]
+        match value:
+            case Done(result):
+                return Commit(claimed, "done", self._codec.encode(result, "result", serializer))
+            case Stop(reason):
+                return stopped(claimed, reason, "Stop", self._codec, serializer)
+            case Next(target, state, delay=delay, inline=inline):
+                inline = definition.options.inline if inline is None else inline
+                status = "scheduled" if delay > 0 else "executing" if inline else "runnable"
+                return Commit(
+                    claimed,
+                    status,
+                    kind="next",
+                    step=self._step(definition, target),
+                    state=self._state(definition, state),
+                    delay=delay,
+                    consumed=awaited,
+                )
+            case Retry(state, delay=delay):
+                return Commit(
+                    claimed,
+                    "scheduled" if delay > 0 else "runnable",
+                    kind="retry",
+                    state=self._state(definition, state),
+                    attempt=claimed.attempt + 1,
+                    delay=delay,
+                )
+            case Await(names, then, state, timeout):
+                return Commit(
+                    claimed,
+                    "awaiting_signal",
+                    kind="await",
+                    step=self._step(definition, then),
+                    state=self._state(definition, state),
+                    awaits=tuple(names),
+                    shown=awaited,
+                    timeout=timeout,
+                )
+            case ScheduleChildren(children, then, state):
+                return Commit(
+                    claimed,
+                    "awaiting_children",
+                    kind="children",
+                    step=self._step(definition, then),
+                    state=self._state(definition, state),
+                    consumed=awaited,
+                    children=self._children(children),
+                )
+        names = ", ".join(outcome.__name__ for outcome in OUTCOMES)
+        raise OutcomeError(
+            f"step {claimed.step!r} of {definition.name} returned {shown(value)}; a step returns one of {names}"
+        )
+
+    def _step(self, definition: MachineDefinition, target: Any) -> str:
+        name = step_name(target)
+        if name not in definition.steps:
+            raise OutcomeError(_no_step(definition, name))
+        return name
+
+    def _state(self, definition: MachineDefinition, state: Any) -> Payload | None:
+        if state is KEEP:
+            return None
+        return self._codec.encode(definition.state_type.dump(state), "state", definition.options.serializer)
+
+    def _children(self, children: Iterable[Any]) -> list[NewInstance]:
+        prepared = []
+        for index, child in enumerate(children):
+            target, options = child if isinstance(child, tuple) and len(child) == 2 else (child, {})
+            try:
+                prepared.append(self._app.prepare(target, dict(options)))
+            except (DurableError, TypeError, ValueError) as error:
+                raise OutcomeError(f"child {index}: {error}") from error
+        return prepared
+
+
+def _no_step(definition: MachineDefinition, name: str) -> str:
+    return f"machine {definition.name} version {definition.version} has no step {name!r}{near(name, definition.steps)}"

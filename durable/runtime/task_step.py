@@ -1,0 +1,103 @@
+"""A step of a task: call the function, turn what it returned or raised into a Commit."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from durable.context import Context, entered
+from durable.errors import CorruptRowError, OutcomeError, PayloadError
+from durable.instance import Claimed
+from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
+from durable.retry import default_backoff
+from durable.runtime.coroutines import CoroutineRunner
+from durable.runtime.failures import error_json, failed, log_failure, stopped
+from durable.serialization import Codec
+from durable.storage.claims import Commit
+from durable.task import Task
+
+log = logging.getLogger("durable.step")
+
+
+class TaskRunner:
+    """Runs tasks for one slot. max_attempts: for tasks that set none."""
+
+    def __init__(self, app: Any, codec: Codec, coroutines: CoroutineRunner, max_attempts: int) -> None:
+        self._app = app
+        self._codec = codec
+        self._coroutines = coroutines
+        self._max_attempts = max_attempts
+
+    def run(self, claimed: Claimed, task: Task[..., Any]) -> Commit:
+        """Run the step of a claimed row and return its outcome."""
+        try:
+            state = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
+            args, kwargs = _arguments(state, claimed)
+        except CorruptRowError as error:
+            return failed(claimed, error)
+        context: Context[Any] = Context(claimed, self._app, log)
+        try:
+            with entered(context):
+                call = task.function
+                value = call(context, *args, **kwargs) if task.options.bind else call(*args, **kwargs)
+                if task.is_async:
+                    value = self._coroutines.run(value)
+            return self._outcome(claimed, task, value)
+        except Cancel as cancel:
+            return stopped(claimed, cancel.reason, "Cancel", self._codec, task.options.serializer)
+        except RetryRequested as request:
+            return self._again(claimed, task, request.delay, request.cause or request.__context__ or request)
+        except BaseException as error:
+            log_failure(log, claimed, error)
+            if task.options.retry.retries(error):
+                return self._again(claimed, task, None, error)
+            return failed(claimed, error)
+
+    def _outcome(self, claimed: Claimed, task: Task[..., Any], value: Any) -> Commit:
+        """Turn a return value into a Commit; what can't be stored fails the instance at once, not after retries."""
+        if isinstance(value, Retry):
+            return self._again(claimed, task, value.delay, None)
+        if isinstance(value, Stop):
+            return stopped(claimed, value.reason, "Stop", self._codec, task.options.serializer)
+        if inspect.iscoroutine(value):
+            value.close()
+            return failed(
+                claimed, OutcomeError(f"{task.name} returned a coroutine: declare it `async def`, or await it")
+            )
+        if isinstance(value, Done):
+            value = value.result
+        elif isinstance(value, OUTCOMES):
+            name = type(value).__name__
+            return failed(claimed, OutcomeError(f"{task.name} returned {name}: a task has one step; use a Machine"))
+        try:
+            return Commit(claimed, "done", self._codec.encode(value, "result", task.options.serializer))
+        except PayloadError as error:
+            return failed(claimed, error)
+
+    def _again(
+        self, claimed: Claimed, task: Task[..., Any], delay: float | None, error: BaseException | None
+    ) -> Commit:
+        """Another attempt after `delay` seconds (None: the task's backoff), or the end when none is left."""
+        limit = claimed.max_attempts or task.options.max_attempts or self._max_attempts
+        if error is None:
+            error = OutcomeError("the step asked for another attempt")
+        if claimed.attempt + 1 >= limit:
+            return failed(claimed, error)
+        if delay is None:
+            try:
+                delay = task.options.retry.delay(claimed.attempt)
+            except Exception:
+                log.exception("the backoff of %s failed; the default one is used", task.name)
+                delay = default_backoff(claimed.attempt)
+        status = "scheduled" if delay > 0 else "runnable"
+        return Commit(claimed, status, error=error_json(error), attempt=claimed.attempt + 1, delay=delay)
+
+
+def _arguments(state: Any, claimed: Claimed) -> tuple[list[Any], dict[str, Any]]:
+    if not isinstance(state, dict):
+        raise CorruptRowError(f"state of instance {claimed.id} is {type(state).__name__}, not a mapping")
+    args, kwargs = state.get("args", []), state.get("kwargs", {})
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise CorruptRowError(f"state of instance {claimed.id} has no list of args or no mapping of kwargs")
+    return args, kwargs

@@ -1,0 +1,48 @@
+-- Children: the barrier that their parent waits at. The barrier counts ends, not successes.
+
+-- name: lock_family
+-- Lock rows and the parents they report to in one order (a parent's id is smaller than its children's), so that a
+-- flush and a cascading cancel cannot deadlock. Params: ids bigint[].
+SELECT id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+
+-- name: raise_barrier
+-- Set how many children a parent waits for, in the transaction that inserted them; none: it goes on at once.
+-- Params: ids bigint[], counts int[]. Rows: id, queue, status.
+UPDATE {schema}.instances AS i
+SET children_pending = c.count,
+    status = CASE WHEN c.count = 0 THEN 'runnable' ELSE 'awaiting_children' END::{schema}.status,
+    eligible_at = clock_timestamp()
+FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
+WHERE i.id = c.id AND i.status = 'awaiting_children'
+RETURNING i.id, i.queue, i.status::text;
+
+-- name: join_children
+-- Lower barriers by the number of children that ended in this transaction; at zero the parent goes on.
+-- Params: ids bigint[] (parents), counts int[]. Rows: id, queue, status.
+UPDATE {schema}.instances AS i
+SET children_pending = i.children_pending - c.count,
+    status = CASE WHEN i.children_pending = c.count THEN 'runnable' ELSE i.status END::{schema}.status,
+    eligible_at = CASE WHEN i.children_pending = c.count THEN clock_timestamp() ELSE i.eligible_at END
+FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
+WHERE i.id = c.id AND i.status = 'awaiting_children'
+RETURNING i.id, i.queue, i.status::text;
+
+-- name: ended_families
+-- Whom the finished ones among these rows report to, and who of them may have signals. Params: ids bigint[].
+-- Rows:   id, parent_id, inbox.
+SELECT id, parent_id, inbox FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
+
+-- name: children
+-- A page of an instance's children, live or finished, by id. Params: parent bigint, round int|null (all rounds),
+--         after bigint, limit bigint. Rows: id, machine, status, state_type, state, result_type, result, error.
+SELECT id, machine, status::text, state_type, state, result_type, result, error
+FROM (
+    (SELECT id, machine, status, state_type, state, result_type, result, error FROM {schema}.instances
+     WHERE parent_id = %(parent)s AND (%(round)s::int IS NULL OR parent_round = %(round)s) AND id > %(after)s
+     ORDER BY id LIMIT %(limit)s)
+    UNION ALL
+    (SELECT id, machine, status, state_type, state, result_type, result, error FROM {schema}.history
+     WHERE parent_id = %(parent)s AND (%(round)s::int IS NULL OR parent_round = %(round)s) AND id > %(after)s
+     ORDER BY id LIMIT %(limit)s)
+) AS family
+ORDER BY id LIMIT %(limit)s;

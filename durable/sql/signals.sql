@@ -1,0 +1,100 @@
+-- Signals: delivering them, showing an inbox, consuming; and the ends that a parent or an inbox must hear of.
+--
+-- Lost wakeups are impossible in both orders. A delivery locks its target's row whatever its status and decides in the
+-- new value; a park updates that row first and then looks into the inbox with a fresh snapshot, in a statement of its
+-- own. Whoever comes second waits for the other's lock, and sees what the other did.
+
+-- name: deliver
+-- Deliver signals to live instances: rows locked in id order, signals stored once per dedup key, sleepers woken.
+-- Params: targets bigint[] (ids), names text[], dedup_keys text[], payload_types text[], payloads bytea[].
+-- Rows:   n (position from 1), stored: whether it was new (false: duplicate), queue, woken. Missing n: no live target.
+WITH input AS MATERIALIZED (
+    SELECT * FROM unnest(
+        %(targets)s::bigint[], %(names)s::text[], %(dedup_keys)s::text[], %(payload_types)s::text[],
+        %(payloads)s::bytea[]
+    ) WITH ORDINALITY AS u (target_id, name, dedup_key, payload_type, payload, n)
+), live AS MATERIALIZED (
+    SELECT i.id FROM {schema}.instances AS i
+    WHERE i.id = ANY (%(targets)s::bigint[]) AND i.finished_at IS NULL
+    ORDER BY i.id FOR NO KEY UPDATE
+), stored AS (
+    INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload)
+    SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL)
+           input.target_id, input.name, input.dedup_key, input.payload_type, input.payload
+    FROM input JOIN live ON live.id = input.target_id
+    ORDER BY input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL, input.n
+    ON CONFLICT (target_id, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
+    RETURNING target_id, name, dedup_key
+), touched AS (
+    UPDATE {schema}.instances AS i
+    SET inbox = true,
+        status = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN 'runnable' ELSE i.status
+                 END::{schema}.status,
+        eligible_at = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN clock_timestamp()
+                           ELSE i.eligible_at END,
+        deadline = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN NULL ELSE i.deadline END
+    FROM (SELECT target_id, array_agg(name) AS names FROM stored GROUP BY target_id) AS s
+    WHERE i.id = s.target_id
+    RETURNING i.id, i.queue, i.status = 'runnable' AS woken
+)
+SELECT input.n, stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
+FROM input
+JOIN live ON live.id = input.target_id
+LEFT JOIN (SELECT DISTINCT target_id, name, dedup_key FROM stored) AS stored
+       ON stored.target_id = input.target_id AND stored.name = input.name
+      AND stored.dedup_key IS NOT DISTINCT FROM input.dedup_key
+LEFT JOIN touched ON touched.id = input.target_id;
+
+-- name: occupants
+-- Who occupies correlation keys. Params: keys text[]. Rows: correlation_key, id.
+SELECT correlation_key, id FROM {schema}.instances
+WHERE correlation_key = ANY (%(keys)s::text[])
+  AND CASE WHEN correlation_scope IS NULL THEN status NOT IN ('done', 'failed', 'cancelled')
+           ELSE status = ANY (correlation_scope) END
+  AND finished_at IS NULL;
+
+-- name: inbox
+-- Unconsumed signals of instances, oldest first. Params: ids bigint[].
+-- Rows:   target_id, id, name, payload_type, payload, created_at.
+SELECT target_id, id, name, payload_type, payload, created_at FROM {schema}.signals
+WHERE target_id = ANY (%(ids)s::bigint[]) AND NOT consumed ORDER BY target_id, id;
+
+-- name: consume
+-- Delete consumed signals; those with a dedup key stay as tombstones. In the outcome's own transaction.
+-- Params: ids bigint[] of signals.
+WITH kept AS (
+    UPDATE {schema}.signals SET consumed = true, payload = NULL, payload_type = NULL
+    WHERE id = ANY (%(ids)s::bigint[]) AND dedup_key IS NOT NULL
+)
+DELETE FROM {schema}.signals WHERE id = ANY (%(ids)s::bigint[]) AND dedup_key IS NULL;
+
+-- name: wake_parked
+-- After a park, in the same transaction: make those runnable whose inbox holds an awaited signal not yet shown.
+-- Params: ids bigint[]. Rows: id.
+UPDATE {schema}.instances AS i
+SET status = 'runnable', eligible_at = clock_timestamp(), deadline = NULL
+WHERE i.id = ANY (%(ids)s::bigint[]) AND i.status = 'awaiting_signal'
+  AND EXISTS (SELECT FROM {schema}.signals AS s
+              WHERE s.target_id = i.id AND NOT s.consumed AND s.name = ANY (i.awaits)
+                AND s.id <> ALL (coalesce(i.shown, '{}')))
+RETURNING i.id;
+
+-- name: clear_inboxes
+-- Forget every signal of finished instances, tombstones too. Params: ids bigint[].
+DELETE FROM {schema}.signals WHERE target_id = ANY (%(ids)s::bigint[]);
+
+-- name: time_out
+-- Wake parks whose deadline has passed, the longest overdue first. Params: limit bigint. Rows: queue, count.
+-- Locks: instances FOR NO KEY UPDATE SKIP LOCKED.
+WITH due AS MATERIALIZED (
+    SELECT ctid AS row FROM {schema}.instances
+    WHERE status = 'awaiting_signal' AND deadline IS NOT NULL AND deadline <= (SELECT clock_timestamp())
+    ORDER BY deadline
+    LIMIT %(limit)s
+    FOR NO KEY UPDATE SKIP LOCKED
+), woken AS (
+    UPDATE {schema}.instances AS i SET status = 'runnable', eligible_at = clock_timestamp(), deadline = NULL
+    FROM due WHERE i.ctid = due.row
+    RETURNING i.queue
+)
+SELECT queue, count(*) FROM woken GROUP BY queue;
