@@ -27,7 +27,7 @@ from durable.errors import (
     ValidationError,
 )
 from durable.instance import NewInstance, NewSignal, Payload, Snapshot
-from durable.machine import Machine
+from durable.machine import Machine, MachineDefinition
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
@@ -40,6 +40,8 @@ from durable.wakeups import Wakeups
 
 R = TypeVar("R")
 T = TypeVar("T")
+Target = Definition | type[Machine] | str
+"""What can be inserted: a task, a machine, or the name of a registered one."""
 
 
 class Durable(Registry):
@@ -66,35 +68,38 @@ class Durable(Registry):
 
     def insert(
         self,
-        target: Task[..., R] | str,
+        target: Target,
         *,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
         **options: Any,
-    ) -> AsyncResult[R]:
-        """Insert an instance of a task (or of the registered task of that name); options as in `Task.new`."""
+    ) -> AsyncResult[Any]:
+        """Insert an instance of a task or machine, or of the one of that name; options as in `InsertOptions`.
+
+        state, step  of a machine: its state instead of `kwargs` to build it from, and the step to start with
+        """
         new = self._resolve(target).new(args, kwargs, **options)
         return self._submit(new, connection, notify_in_transaction)
 
     async def ainsert(
         self,
-        target: Task[..., R] | str,
+        target: Target,
         *,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
         **options: Any,
-    ) -> AsyncResult[R]:
+    ) -> AsyncResult[Any]:
         """`insert` for coroutines."""
         new = self._resolve(target).new(args, kwargs, **options)
         return await self._asubmit(new, connection, notify_in_transaction)
 
     def insert_many(
         self,
-        targets: Iterable[tuple[Task[..., Any] | str, Mapping[str, Any]]],
+        targets: Iterable[tuple[Target, Mapping[str, Any]]],
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
@@ -109,7 +114,7 @@ class Durable(Registry):
 
     async def ainsert_many(
         self,
-        targets: Iterable[tuple[Task[..., Any] | str, Mapping[str, Any]]],
+        targets: Iterable[tuple[Target, Mapping[str, Any]]],
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
@@ -315,7 +320,7 @@ class Durable(Registry):
         return self.codec.encode(value, what, serializer)
 
     def _resolve(self, target: Any) -> Definition:
-        if isinstance(target, Task):
+        if isinstance(target, Task | MachineDefinition):
             return target
         if isinstance(target, type) and issubclass(target, Machine) and hasattr(target, "definition"):
             return target.definition
@@ -323,7 +328,7 @@ class Durable(Registry):
             return self.find_task(target)
         raise ValidationError(f"a target is a task, a machine or the name of one, got {validation.shown(target)}")
 
-    def _prepare_many(self, targets: Iterable[tuple[Task[..., Any] | str, Mapping[str, Any]]]) -> list[NewInstance]:
+    def _prepare_many(self, targets: Iterable[tuple[Target, Mapping[str, Any]]]) -> list[NewInstance]:
         prepared = []
         for index, entry in enumerate(targets):
             try:

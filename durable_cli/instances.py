@@ -302,9 +302,12 @@ def purge(session: Session, queue: str | None, yes: bool) -> None:
 @click.argument("targets", nargs=-1, metavar="ID|KEY...", type=TARGET)
 @click.option("--key", "keys", multiple=True, type=KEY, help="A correlation key, even one that looks like an id.")
 @click.option("--reason", type=REASON, help="Kept with the instance.")
+@click.option("--cascade", is_flag=True, help="Its children and theirs too.")
 @database_options
 @click.pass_context
-def cancel(ctx: click.Context, targets: Sequence[int | str], keys: Sequence[str], reason: str | None) -> None:
+def cancel(
+    ctx: click.Context, targets: Sequence[int | str], keys: Sequence[str], reason: str | None, cascade: bool
+) -> None:
     """Cancel instances by id or correlation key; `-` reads them from stdin, one a line.
 
     A waiting one ends at once, an executing one when its step ends. Exit code 1 if one could not be cancelled.
@@ -318,7 +321,8 @@ def cancel(ctx: click.Context, targets: Sequence[int | str], keys: Sequence[str]
     app = session.database()
     failed = False
     with connected(app) as connection:
-        reports = (_cancel_one(app, connection, entry, by_key, reason or "cancelled") for entry, by_key in wanted)
+        why = reason or "cancelled"
+        reports = (_cancel_one(app, connection, entry, by_key, why, cascade) for entry, by_key in wanted)
         if session.as_json:
             seen = list(reports)
             print_json(seen)
@@ -341,13 +345,17 @@ def _from_stdin() -> list[int | str]:
     return found
 
 
-def _cancel_one(app: Durable, connection: Connection, wanted: int | str, by_key: bool, reason: str) -> dict[str, Any]:
+def _cancel_one(
+    app: Durable, connection: Connection, wanted: int | str, by_key: bool, reason: str, cascade: bool
+) -> dict[str, Any]:
     report: dict[str, Any] = {"target": wanted, "id": None if by_key else wanted, "cancelled": False}
     if by_key:
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    cancelled = run_atomically(connection, app.sql, instances.cancel(report["id"], reason))
+    cancelled, woken = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade))
+    for wakeup in app.wakeups.became_ready(woken):
+        run(connection, app.sql, wakeup)
     found = run(connection, app.sql, instances.snapshot(report["id"]))
     if found is None:
         return {**report, "outcome": "not found"}
