@@ -27,7 +27,7 @@ from durable.errors import (
     ValidationError,
 )
 from durable.instance import NewInstance, NewSignal, Payload, Snapshot
-from durable.machine import Machine, MachineDefinition
+from durable.machine import Machine, MachineDefinition, definition_of
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
@@ -322,8 +322,8 @@ class Durable(Registry):
     def _resolve(self, target: Any) -> Definition:
         if isinstance(target, Task | MachineDefinition):
             return target
-        if isinstance(target, type) and issubclass(target, Machine) and hasattr(target, "definition"):
-            return target.definition
+        if isinstance(target, type) and issubclass(target, Machine):
+            return definition_of(target)
         if isinstance(target, str):
             return self.find_task(target)
         raise ValidationError(f"a target is a task, a machine or the name of one, got {validation.shown(target)}")

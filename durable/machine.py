@@ -129,6 +129,8 @@ class MachineDefinition:
         if state is not None and kwargs:
             raise TypeError(f"{self.name}: give the state, or keyword arguments to build it from, not both")
         data = self.state_type.build(dict(kwargs or {})) if state is None else self.state_type.dump(state)
+        if state is not None:
+            self.state_type.load(data)  # an object may hold anything in its fields
         name = self.initial if step is None else getattr(step, "__durable_step__", step)
         if name not in self.steps:
             raise ValidationError(
@@ -167,9 +169,19 @@ class Machine:
 
         Raises TypeError and ValidationError when they don't fit, DatabaseUnavailableError; nothing is written then.
         """
-        return cls._submit(cls.definition.new((), state), None, True)  # type: ignore[no-any-return]
+        new = definition_of(cls).new((), state)
+        return cls._submit(new, None, True)  # type: ignore[no-any-return]
 
     @classmethod
     async def adelay(cls, **state: Any) -> AsyncResult[Any]:
         """`delay` for coroutines."""
-        return await cls._asubmit(cls.definition.new((), state), None, True)  # type: ignore[no-any-return]
+        new = definition_of(cls).new((), state)
+        return await cls._asubmit(new, None, True)  # type: ignore[no-any-return]
+
+
+def definition_of(cls: type[Machine]) -> MachineDefinition:
+    """Return what a class was registered as itself. Raises DefinitionError for one that was not, whatever its bases."""
+    definition: MachineDefinition | None = cls.__dict__.get("definition")
+    if definition is None:
+        raise DefinitionError(f"{cls.__qualname__} is not registered: decorate it with @app.machine")
+    return definition

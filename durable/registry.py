@@ -208,4 +208,5 @@ def _place(function: Callable[..., Any]) -> str:
 def _place_of(definition: Definition) -> str:
     if isinstance(definition, Task):
         return _place(definition.function)
-    return _place(next(iter(definition.steps.values())))
+    # Steps may be inherited: their place alone does not tell two classes apart.
+    return f"{_place(next(iter(definition.steps.values())))} ({definition.cls.__qualname__})"

@@ -34,7 +34,7 @@ class StateType:
             self._dump = lambda value: value.model_dump(mode="json")
         else:
             self._load = lambda data: msgspec.convert(data, type_, strict=True, str_keys=True)
-            self._dump = lambda value: msgspec.to_builtins(value, builtin_types=_KEPT_TYPES, str_keys=False)
+            self._dump = lambda value: msgspec.to_builtins(value, builtin_types=_KEPT_TYPES, str_keys=True)
 
     def build(self, arguments: dict[str, Any]) -> Any:
         """Return plain data for a state given as keyword arguments, checked. Raises TypeError, ValidationError."""

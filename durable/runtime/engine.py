@@ -185,7 +185,8 @@ class Engine:
                 flushed = self._flusher.flush(self._worker, owned)
         finally:
             # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
-            hops = [c for c in owned if c.status == "executing" and c.claimed.id in flushed.committed]
+            going_on = flushed.committed - flushed.ended
+            hops = [c for c in owned if c.status == "executing" and c.claimed.id in going_on]
             for commit in owned:
                 if commit not in hops:
                     self._held.pop(commit.claimed.id, None)

@@ -84,4 +84,8 @@ class Flusher:
         if commit.status == "failed" and commit.result is None:
             raise error  # even the plain failure can't be stored: not this outcome's fault
         reason = OutcomeError(f"the database refused this outcome: {describe(error)}")
-        return self.flush(worker, [Commit(commit.claimed, "failed", error=error_json(reason), attempt=commit.attempt)])
+        flushed = self.flush(
+            worker, [Commit(commit.claimed, "failed", error=error_json(reason), attempt=commit.attempt)]
+        )
+        flushed.ended |= flushed.committed
+        return flushed

@@ -57,8 +57,13 @@ class MachineRunner:
         try:
             with entered(context):
                 value = step(machine, context)
-                if inspect.iscoroutine(value):
+                if inspect.iscoroutinefunction(step):
                     value = self._coroutines.run(value)
+                elif inspect.iscoroutine(value):
+                    value.close()
+                    raise OutcomeError(
+                        f"step {claimed.step!r} of {definition.name} returned a coroutine: declare it `async def`"
+                    )
             return self._commit(claimed, definition, context, value)
         except Cancel as cancel:
             return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)

@@ -72,9 +72,11 @@ class Flushed:
     committed  ids whose outcome is durable; the others are stale
     ready      rows that became runnable per queue: parents, children, parks that found their signal, next steps
     inboxes    committed ids that may have signals
+    ended      committed ids that kept their row until now and are finished: a cancel may have overruled the outcome
     """
 
     committed: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
     ready: Counter[str] = field(default_factory=Counter)
     inboxes: set[int] = field(default_factory=set)
 
@@ -83,6 +85,7 @@ class Flushed:
         self.committed |= other.committed
         self.ready += other.ready
         self.inboxes |= other.inboxes
+        self.ended |= other.ended
 
 
 def claim(
@@ -249,6 +252,7 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed) -> Operat
     if parked:
         woken = yield "wake_parked", {"ids": Int8Array(sorted(parked))}
         flushed.ready.update(commits[row[0]].claimed.queue for row in woken)
+    flushed.ended.update(ended)
     flushed.ready.update((yield from end(ended)))
 
 
