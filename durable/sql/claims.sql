@@ -33,7 +33,7 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          i.expires_at <= clock_timestamp(), i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
+          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
 
 -- name: claim_suspect
 -- Claim one row that has a crash behind it, for a worker process that holds nothing else.
@@ -57,7 +57,7 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          i.expires_at <= clock_timestamp(), i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
+          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
 
 -- name: held
 -- What a worker id holds. Params: worker bigint. Rows: id, token.
@@ -137,8 +137,8 @@ SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{s
     awaits = CASE o.kind WHEN 'retry' THEN i.awaits
                          WHEN 'await' THEN ARRAY(SELECT jsonb_array_elements_text(o.awaits::jsonb)) END,
     shown = CASE o.kind WHEN 'retry' THEN i.shown
-                        WHEN 'await' THEN coalesce(i.shown, '{}')
-                                          || ARRAY(SELECT jsonb_array_elements_text(o.shown::jsonb)::bigint) END,
+                        WHEN 'await' THEN ARRAY(SELECT unnest(i.shown)
+                                                UNION SELECT jsonb_array_elements_text(o.shown::jsonb)::bigint) END,
     deadline = CASE WHEN o.kind = 'await' AND NOT i.cancel_requested
                     THEN clock_timestamp() + make_interval(secs => o.timeout) END,
     children_round = i.children_round + (o.kind = 'children')::int,

@@ -7,7 +7,8 @@
 -- name: deliver
 -- Deliver signals to live instances: rows locked in id order, signals stored once per dedup key, sleepers woken.
 -- Params: targets bigint[] (ids), names text[], dedup_keys text[], payload_types text[], payloads bytea[].
--- Rows:   n (position from 1), stored: whether it was new (false: duplicate), queue, woken. Missing n: no live target.
+-- Rows:   n (position from 1), stored: whether its key was new (false: duplicate; true for every one of a key that
+--         comes twice in the batch), queue, woken. Missing n: no live target.
 WITH input AS MATERIALIZED (
     SELECT * FROM unnest(
         %(targets)s::bigint[], %(names)s::text[], %(dedup_keys)s::text[], %(payload_types)s::text[],
@@ -18,11 +19,13 @@ WITH input AS MATERIALIZED (
     WHERE i.id = ANY (%(targets)s::bigint[]) AND i.finished_at IS NULL
     ORDER BY i.id FOR NO KEY UPDATE
 ), stored AS (
+    -- In the order given: an inbox is read by id. Of one dedup key the first counts.
     INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload)
-    SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL)
-           input.target_id, input.name, input.dedup_key, input.payload_type, input.payload
-    FROM input JOIN live ON live.id = input.target_id
-    ORDER BY input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL, input.n
+    SELECT target_id, name, dedup_key, payload_type, payload
+    FROM (SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL) input.*
+          FROM input JOIN live ON live.id = input.target_id
+          ORDER BY input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL, input.n) AS first
+    ORDER BY n
     ON CONFLICT (target_id, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
     RETURNING target_id, name, dedup_key
 ), touched AS (
@@ -37,12 +40,10 @@ WITH input AS MATERIALIZED (
     WHERE i.id = s.target_id
     RETURNING i.id, i.queue, i.status = 'runnable' AS woken
 )
-SELECT input.n, stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
+SELECT input.n, input.dedup_key IS NULL OR stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
 FROM input
 JOIN live ON live.id = input.target_id
-LEFT JOIN (SELECT DISTINCT target_id, name, dedup_key FROM stored) AS stored
-       ON stored.target_id = input.target_id AND stored.name = input.name
-      AND stored.dedup_key IS NOT DISTINCT FROM input.dedup_key
+LEFT JOIN stored ON stored.target_id = input.target_id AND stored.dedup_key = input.dedup_key
 LEFT JOIN touched ON touched.id = input.target_id;
 
 -- name: occupants
