@@ -50,6 +50,8 @@ class NewInstance:
     correlation_scope: tuple[str, ...] | None = None
     parent_id: int | None = None
     parent_round: int | None = None
+    on_conflict: str = "raise"
+    """What an occupied correlation key means: "raise" DuplicateError, or "return" whoever occupies it."""
 
 
 class Claimed(NamedTuple):

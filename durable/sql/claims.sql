@@ -33,7 +33,8 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
+          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
+          i.inbox, i.awaits;
 
 -- name: claim_suspect
 -- Claim one row that has a crash behind it, for a worker process that holds nothing else.
@@ -57,7 +58,8 @@ SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = 
 FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
-          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round, i.inbox, i.awaits;
+          CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
+          i.inbox, i.awaits;
 
 -- name: held
 -- What a worker id holds. Params: worker bigint. Rows: id, token.

@@ -86,14 +86,21 @@ FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NO
 -- name: cancel
 -- Cancel a waiting or parked instance at once, or ask the one that executes it; with `cascade` its live descendants too.
 -- Nothing happens to what is finished. An outcome that commits first wins: it holds the row's lock.
--- Params: id bigint, cascade bool, error jsonb. Rows: id, status. Locks: the rows, in id order.
+-- Children that a parent schedules at this moment are not seen: with `cascade` it is repeated until it finds no more.
+-- Params: id bigint, cascade bool, error jsonb. Rows: id, status.
+-- Locks: the rows and the parent that the first reports to, in id order, as a flush does.
 WITH RECURSIVE family AS (
     SELECT id FROM {schema}.instances WHERE id = %(id)s
     UNION ALL
-    SELECT c.id FROM {schema}.instances AS c JOIN family AS f ON c.parent_id = f.id WHERE %(cascade)s
+    SELECT c.id
+    FROM (SELECT id, parent_id FROM {schema}.instances
+          UNION ALL
+          SELECT id, parent_id FROM {schema}.history WHERE children_round > 0) AS c
+    JOIN family AS f ON c.parent_id = f.id WHERE %(cascade)s
 ), locked AS MATERIALIZED (
-    SELECT i.id FROM {schema}.instances AS i
-    WHERE i.id IN (SELECT id FROM family) AND i.finished_at IS NULL
+    SELECT i.id, i.id IN (SELECT id FROM family) AS mine FROM {schema}.instances AS i
+    WHERE i.id IN (SELECT id FROM family UNION ALL SELECT parent_id FROM {schema}.instances WHERE id = %(id)s)
+      AND i.finished_at IS NULL
     ORDER BY i.id FOR NO KEY UPDATE
 )
 UPDATE {schema}.instances AS i
@@ -102,7 +109,7 @@ SET cancel_requested = true,
     finished_at = CASE WHEN i.status = 'executing' THEN NULL ELSE clock_timestamp() END,
     error = CASE WHEN i.cancel_requested THEN i.error ELSE %(error)s END,
     reason = NULL
-FROM locked WHERE i.id = locked.id AND i.finished_at IS NULL
+FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
 
 -- name: archive
@@ -142,11 +149,11 @@ ORDER BY id DESC
 LIMIT %(limit)s;
 
 -- name: purge
--- Delete waiting instances that never started. Params: queue text|null (all). Rows: id.
+-- Delete waiting instances that never started. Params: queue text|null (all). Rows: id, parent_id, inbox.
 DELETE FROM {schema}.instances
 WHERE status IN ('runnable', 'scheduled') AND version = 0
   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
-RETURNING id;
+RETURNING id, parent_id, inbox;
 
 -- name: purgeable
 -- How many instances `purge` would delete. Params: queue text|null (all). Rows: count.

@@ -22,7 +22,8 @@ WITH input AS MATERIALIZED (
     -- In the order given: an inbox is read by id. Of one dedup key the first counts.
     INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload)
     SELECT target_id, name, dedup_key, payload_type, payload
-    FROM (SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL) input.*
+    FROM (SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL)
+                 input.*
           FROM input JOIN live ON live.id = input.target_id
           ORDER BY input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL, input.n) AS first
     ORDER BY n

@@ -5,10 +5,12 @@ Not for hot paths: some of these statements read every row. SQL in sql/instances
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from durable.storage import instances
+from durable.storage.arrays import Int8Array
 from durable.storage.session import Operation
 
 
@@ -165,6 +167,13 @@ def purgeable(queue: str | None) -> Operation[int]:
 
 
 def purge(queue: str | None) -> Operation[int]:
-    """Delete the waiting instances of a queue (None: of all) that never started; return how many."""
+    """Delete the waiting instances of a queue (None: of all) that never started; return how many. Needs a transaction.
+
+    To a parent they count as ended.
+    """
     rows = yield "purge", {"queue": queue}
+    yield from instances.lower_barriers(Counter(row[1] for row in rows if row[1] is not None))
+    inboxes = [row[0] for row in rows if row[2]]
+    if inboxes:
+        yield "clear_inboxes", {"ids": Int8Array(inboxes)}
     return len(rows)

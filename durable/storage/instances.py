@@ -115,9 +115,15 @@ def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tu
     Returns whether there was anything to cancel, and how many parents went on for it, per queue.
     """
     error = Jsonb({"type": "Cancelled", "message": reason})
-    rows = yield "cancel", {"id": instance_id, "cascade": cascade, "error": error}
-    woken = yield from end([row[0] for row in rows if row[1] == "cancelled"])
-    return instance_id in {row[0] for row in rows}, woken
+    found: dict[int, str] = {}
+    while True:
+        rows = yield "cancel", {"id": instance_id, "cascade": cascade, "error": error}
+        known = len(found)
+        found.update(rows)
+        if not cascade or len(found) == known:
+            break
+    woken = yield from end([row for row, status in found.items() if status == "cancelled"])
+    return instance_id in found, woken
 
 
 def end(ids: Sequence[int]) -> Operation[dict[str, int]]:
