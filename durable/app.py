@@ -22,6 +22,7 @@ from durable.config import Config
 from durable.context import Child
 from durable.errors import (
     ConnectionUsageError,
+    DuplicateError,
     NoTargetError,
     UnknownTaskError,
     ValidationError,
@@ -34,7 +35,7 @@ from durable.serialization import Codec
 from durable.sql import Statements
 from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, Row, arun, run, translated
+from durable.storage.session import Connection, Operation, Row, arun, run, translated
 from durable.task import Task
 from durable.wakeups import Wakeups
 
@@ -200,6 +201,26 @@ class Durable(Registry):
             for wakeup in self.wakeups.became_ready(woken):
                 await arun(connection, self.sql, wakeup)
         return cancelled
+
+    def retry(self, instance_id: int) -> bool:
+        """Have a failed instance go on from its failed step, under the same id; False when it is not failed.
+
+        Its attempts begin again, its inbox is empty, a parent that counted its failure does not count it again.
+        Raises DuplicateError when its correlation key is occupied by another.
+        """
+        operation = instances.retry_failed(validation.instance_id(instance_id))
+        with self._pool.connection() as connection:
+            try:
+                ready = run(connection, self.sql, operation)
+            except psycopg.errors.UniqueViolation as error:
+                raise self._occupied(connection, instance_id) from error
+            for wakeup in self.wakeups.became_ready(ready or {}):
+                run(connection, self.sql, wakeup)
+        return ready is not None
+
+    def _occupied(self, connection: Connection, instance_id: int) -> DuplicateError:
+        key, occupant = run(connection, self.sql, instances.rival(instance_id))
+        return DuplicateError(key, occupant)
 
     def result(self, instance_id: int) -> AsyncResult[Any]:
         """Return the handle on an instance; asks nothing yet. Raises ValidationError for what is no id."""

@@ -13,7 +13,7 @@ from durable.instance import NewInstance
 
 @dataclass(frozen=True, slots=True)
 class InsertOptions:
-    """Times in seconds or as aware datetimes; None where not given."""
+    """Times in seconds or as aware datetimes; None where not given. on_conflict: "raise", or "return" the occupant."""
 
     schedule_in: float | None = None
     schedule_at: datetime | None = None
@@ -23,6 +23,7 @@ class InsertOptions:
     correlation_key: str | None = None
     correlation_scope: Sequence[str] | None = None
     max_attempts: int | None = None
+    on_conflict: str = "raise"
 
 
 def apply_options(new: NewInstance, options: InsertOptions) -> None:
@@ -37,6 +38,9 @@ def apply_options(new: NewInstance, options: InsertOptions) -> None:
         new.max_attempts = validation.max_attempts(options.max_attempts)
     if options.correlation_key is not None:
         new.correlation_key = validation.text(options.correlation_key, "correlation_key")
+    if options.on_conflict not in ("raise", "return"):
+        raise ValidationError(f"on_conflict must be 'raise' or 'return', got {validation.shown(options.on_conflict)}")
+    new.on_conflict = options.on_conflict
     if options.correlation_scope is not None:
         new.correlation_scope = validation.scope(options.correlation_scope)
         if options.correlation_key is None:

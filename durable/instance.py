@@ -78,8 +78,14 @@ class Claimed(NamedTuple):
     children_round: int = 0
     inbox: bool = False
     awaits: Sequence[str] | None = None
+    parent_round: int | None = None
     signals: Sequence[StoredSignal] = ()
     """The inbox, loaded after the claim when `inbox` says there may be one."""
+
+    @property
+    def reports_to(self) -> int | None:
+        """The parent whose barrier counts its end; a retried child was counted before, and is not again."""
+        return None if self.parent_round is None else self.parent_id
 
 
 class StoredSignal(NamedTuple):

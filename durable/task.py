@@ -151,6 +151,7 @@ class Task(Generic[P, R]):
         correlation_key: str | None = None,
         correlation_scope: Sequence[str] | None = None,
         max_attempts: int | None = None,
+        on_conflict: str = "raise",
         connection: Any = None,
         notify_in_transaction: bool = True,
     ) -> AsyncResult[R]:
@@ -162,6 +163,7 @@ class Task(Generic[P, R]):
         correlation_key     business identity: at most one live instance has it
         correlation_scope   statuses in which the key counts as occupied besides the live ones; () never
         max_attempts        instead of the task's
+        on_conflict         when the key is occupied: "raise" DuplicateError, or "return" the occupant's result
         connection          a psycopg connection: the instance exists if and only if its transaction commits
         notify_in_transaction  whether that transaction also wakes workers (a poll finds the row otherwise)
         Raises ValidationError and what `delay` raises; DuplicateError when the key is occupied.
@@ -177,6 +179,7 @@ class Task(Generic[P, R]):
             correlation_key=correlation_key,
             correlation_scope=correlation_scope,
             max_attempts=max_attempts,
+            on_conflict=on_conflict,
         )
         return self._submit(new, connection, notify_in_transaction)
 

@@ -30,7 +30,8 @@ RETURNING i.id, i.queue, i.status::text;
 -- name: ended_families
 -- Whom the finished ones among these rows report to, and who of them may have signals. Params: ids bigint[].
 -- Rows:   id, parent_id, inbox.
-SELECT id, parent_id, inbox FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
+SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox
+FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
 
 -- name: children
 -- A page of an instance's children, live or finished, by id. Params: parent bigint, round int|null (all rounds),

@@ -34,7 +34,7 @@ FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
           CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
-          i.inbox, i.awaits;
+          i.inbox, i.awaits, i.parent_round;
 
 -- name: claim_suspect
 -- Claim one row that has a crash behind it, for a worker process that holds nothing else.
@@ -59,7 +59,7 @@ FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
           CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
-          i.inbox, i.awaits;
+          i.inbox, i.awaits, i.parent_round;
 
 -- name: held
 -- What a worker id holds. Params: worker bigint. Rows: id, token.

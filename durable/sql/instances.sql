@@ -112,6 +112,40 @@ SET cancel_requested = true,
 FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
 
+-- name: rival
+-- A finished instance's correlation key, and who occupies it. Params: id bigint. Rows: correlation_key, id.
+SELECT h.correlation_key, i.id
+FROM (SELECT id, correlation_key FROM {schema}.history WHERE id = %(id)s
+      UNION ALL SELECT id, correlation_key FROM {schema}.instances WHERE id = %(id)s) AS h
+LEFT JOIN {schema}.instances AS i
+       ON i.correlation_key = h.correlation_key AND i.id <> h.id
+      AND CASE WHEN i.correlation_scope IS NULL THEN i.status NOT IN ('done', 'failed', 'cancelled')
+               ELSE i.status = ANY (i.correlation_scope) END;
+
+-- name: retry_failed
+-- Put a failed instance back under the same id, at its failed step, in one statement: token and version go on, attempt
+-- and crashes begin again, its inbox is empty. A barrier that counted it does not count it again (parent_round goes).
+-- An occupied correlation key is a unique violation, and nothing is moved. Params: id bigint. Rows: id, queue.
+WITH gone AS (
+    DELETE FROM {schema}.history WHERE id = %(id)s AND status = 'failed' RETURNING *
+), kept AS (
+    UPDATE {schema}.instances
+    SET status = 'runnable', eligible_at = clock_timestamp(), finished_at = NULL, attempt = 0, crashes = 0,
+        result_type = NULL, result = NULL, cancel_requested = false, expires_at = NULL, inbox = false, awaits = NULL,
+        shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
+    WHERE id = %(id)s AND status = 'failed'
+    RETURNING id, queue
+), back AS (
+    INSERT INTO {schema}.instances
+        (id, eligible_at, created_at, status, token, version, machine_version, priority, max_attempts, queue, machine,
+         step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round)
+    SELECT id, clock_timestamp(), created_at, 'runnable', token, version, machine_version, priority, max_attempts, queue,
+           machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round
+    FROM gone
+    RETURNING id, queue
+)
+SELECT id, queue FROM kept UNION ALL SELECT id, queue FROM back;
+
 -- name: archive
 -- Move the finished ones among these rows to history, unless they keep a correlation key reserved.
 -- Runs in the transaction that finished them. Params: ids bigint[].
@@ -153,7 +187,7 @@ LIMIT %(limit)s;
 DELETE FROM {schema}.instances
 WHERE status IN ('runnable', 'scheduled') AND version = 0
   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
-RETURNING id, parent_id, inbox;
+RETURNING id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox;
 
 -- name: purgeable
 -- How many instances `purge` would delete. Params: queue text|null (all). Rows: count.

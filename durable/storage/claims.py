@@ -166,7 +166,7 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
     Raises psycopg.Error, with nothing committed (or, when the connection is lost, nothing known: see `resolve`).
     """
     plain = all(
-        commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.parent_id is None for commit in batch
+        commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.reports_to is None for commit in batch
     )
     return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))
 
@@ -174,7 +174,7 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
 def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
     batch = sorted(batch, key=lambda commit: commit.claimed.id)
     flushed = Flushed()
-    parents = {commit.claimed.parent_id for commit in batch if commit.claimed.parent_id is not None}
+    parents = {commit.claimed.reports_to for commit in batch if commit.claimed.reports_to is not None}
     if parents:
         yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
     ending = [commit for commit in batch if not commit.keeps_row]
@@ -204,7 +204,7 @@ def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed) -> Operatio
     flushed.committed |= gone
     ended = [commit.claimed for commit in ending if commit.claimed.id in gone]
     flushed.ready.update(
-        (yield from lower_barriers(Counter(row.parent_id for row in ended if row.parent_id is not None)))
+        (yield from lower_barriers(Counter(row.reports_to for row in ended if row.reports_to is not None)))
     )
 
 

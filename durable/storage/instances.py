@@ -49,6 +49,9 @@ def insert(new: NewInstance) -> Operation[int]:
         return int(rows[0][0])
     assert new.correlation_key is not None, "only a correlation key can conflict"
     occupants = yield "occupant", {"key": new.correlation_key}
+    if new.on_conflict == "return":
+        # Nobody there any more: the key came free between the two statements, so it is ours to take.
+        return int(occupants[0][0]) if occupants else (yield from insert(new))
     raise DuplicateError(new.correlation_key, occupants[0][0] if occupants else None)
 
 
@@ -89,6 +92,21 @@ def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
         "parent_ids": Int8Array([new.parent_id for new in batch]),
         "parent_rounds": Int4Array([new.parent_round for new in batch]),
     }
+
+
+def retry_failed(instance_id: int) -> Operation[dict[str, int] | None]:
+    """Put a failed instance back at its failed step; return its queue with 1, or None when it is not failed.
+
+    Raises psycopg's UniqueViolation when its correlation key is occupied; nothing is moved then.
+    """
+    rows = yield "retry_failed", {"id": instance_id}
+    return {rows[0][1]: 1} if rows else None
+
+
+def rival(instance_id: int) -> Operation[tuple[str, int | None]]:
+    """Return an instance's correlation key and who occupies it."""
+    rows = yield "rival", {"id": instance_id}
+    return (rows[0][0], rows[0][1]) if rows else ("", None)
 
 
 def snapshot(instance_id: int) -> Operation[Snapshot | None]:
