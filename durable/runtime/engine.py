@@ -187,8 +187,9 @@ class Engine:
             # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
             going_on = flushed.committed - flushed.ended
             hops = [c for c in owned if c.status == "executing" and c.claimed.id in going_on]
+            still_held = {hop.claimed.id for hop in hops}
             for commit in owned:
-                if commit not in hops:
+                if commit.claimed.id not in still_held:
                     self._held.pop(commit.claimed.id, None)
             self.outbox.settled(len(batch))
         if hops:
