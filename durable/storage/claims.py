@@ -175,12 +175,12 @@ def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
     batch = sorted(batch, key=lambda commit: commit.claimed.id)
     flushed = Flushed()
     parents = {commit.claimed.reports_to for commit in batch if commit.claimed.reports_to is not None}
-    if parents:
-        yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
     ending = [commit for commit in batch if not commit.keeps_row]
+    staying = [commit for commit in batch if commit.keeps_row]
+    if parents or (ending and staying):  # two statements would lock their rows one set after the other
+        yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
     if ending:
         yield from _finish(worker, ending, flushed)
-    staying = [commit for commit in batch if commit.keeps_row]
     if staying:
         yield from _advance(worker, staying, flushed)
     return flushed

@@ -503,9 +503,11 @@ def family(app: Durable, kids: Any) -> type[Machine]:
 def test_a_cascade_reaches_three_levels_and_what_executes_ends_with_its_step(
     app: Durable, drivers: Drivers, view: View, kids: Any
 ) -> None:
-    result = family(app, kids).delay(depth=1)
-    bystander = family(app, kids).delay(depth=0)
+    machine = family(app, kids)
     driver, slow = drivers(), drivers("slow")
+    result = machine.delay(depth=1)
+    driver.drain()
+    bystander = machine.delay(depth=0)
     driver.drain()
     running = slow.claim()
     commit = slow.execute(running)

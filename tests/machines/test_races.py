@@ -1,0 +1,613 @@
+"""Two sessions at once, each interleaving held open by hand: what may meet, meets, and nothing is lost.
+
+`Held` keeps an operation's transaction open at a chosen statement. Who comes second either waits for a lock (asserted,
+by pg_blocking_pids) or passes by; then the first goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
+from durable.instance import NewSignal, Payload
+from durable.storage import claims, instances, maintenance, signals, workers
+from durable.storage.claims import Commit, Flushed
+from durable.storage.session import Operation, execute
+from tests.fix_db import wait_until
+from tests.fix_rows import Rows, Session, done, new
+from tests.machines.driver import Driver, View
+
+GO = Payload("json", b"1")
+
+
+class Held:
+    """An operation whose transaction is opened here, driven statement by statement and committed when told."""
+
+    def __init__(self, session: Session, operation: Operation[Any]) -> None:
+        self.session = session
+        self._operation = operation
+        self._pending: tuple[str, Mapping[str, Any]] | None = None
+        self._result: Any = None
+        session.connection.execute("BEGIN")
+        self._advance(None)
+
+    def _advance(self, rows: Any) -> None:
+        try:
+            self._pending = self._operation.send(rows)
+        except StopIteration as stop:
+            self._pending, self._result = None, stop.value
+
+    def until(self, name: str | None) -> Held:
+        """Run statements up to, not including, the one of that name; None: all."""
+        while self._pending is not None and self._pending[0] != name:
+            self._advance(execute(self.session.connection, self.session.sql, *self._pending))
+        assert name is None or self._pending is not None, f"there was no statement {name}"
+        return self
+
+    def commit(self) -> Any:
+        """Run the rest, commit, return what the operation returns."""
+        self.until(None)
+        self.session.connection.execute("COMMIT")
+        return self._result
+
+    def rollback(self) -> None:
+        """Undo everything."""
+        self.session.connection.execute("ROLLBACK")
+
+
+def flushing(worker: int, *commits: Commit) -> Operation[Flushed]:
+    return claims._flush(worker, commits)
+
+
+def delivering(*targets: int | str, name: str = "go") -> Operation[signals.Delivery]:
+    return signals.deliver([NewSignal(target, name, GO) for target in targets])
+
+
+def awaiting(claimed: Any, *names: str, **options: Any) -> Commit:
+    return Commit(claimed, "awaiting_signal", kind="await", step="woken", awaits=names or ("go",), **options)
+
+
+def spawning(claimed: Any, count: int = 2) -> Commit:
+    children = [new(queue="kids") for _ in range(count)]
+    return Commit(claimed, "awaiting_children", kind="children", step="join", children=children)
+
+
+def going_on(claimed: Any, **options: Any) -> Commit:
+    return Commit(claimed, "runnable", kind="next", step="more", delay=0.0, **options)
+
+
+def parked(rows: Rows, worker: int, **options: Any) -> int:
+    """An instance that awaits "go"."""
+    (claimed,) = rows.claimed(worker)
+    assert claimed.id in flush(rows, worker, awaiting(claimed, **options)).committed
+    return claimed.id
+
+
+def flush(session: Session, worker: int, *commits: Commit) -> Flushed:
+    return claims.flush(session.connection, session.sql, worker, commits)
+
+
+def family(rows: Rows, worker: int, count: int = 2) -> tuple[int, list[Any]]:
+    """A parent that waits for claimed children."""
+    (claimed,) = rows.claimed(worker)
+    flush(rows, worker, spawning(claimed, count))
+    children = rows.claim(worker, count, "kids")
+    assert len(children) == count
+    return claimed.id, children
+
+
+def inbox(rows: Rows, instance: int) -> int:
+    return len(rows.fetch("SELECT id FROM {schema}.signals WHERE target_id = %s AND NOT consumed", [instance]))
+
+
+# Parks and deliveries: a wakeup is never lost
+
+
+def test_a_park_that_commits_while_a_delivery_waits_for_it_is_woken_by_the_delivery(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    park = Held(rows, flushing(worker, awaiting(claimed))).until(None)
+    delivery = rows.background(lambda: other.atomically(delivering(claimed.id)))
+    watcher = rows.other()
+    wait_blocked(watcher, other, delivery)
+    assert park.commit().ready == {}, "the park saw no signal"
+    told = delivery.result(10)
+    assert (told.stored, told.ready) == ([True], {"default": 1})
+    row = rows.live(claimed.id)
+    assert row is not None
+    assert (row["status"], row["step"], inbox(rows, claimed.id)) == ("runnable", "woken", 1)
+
+
+def test_a_delivery_that_commits_while_a_park_waits_for_it_is_found_by_the_park(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    delivery = Held(other, delivering(claimed.id)).until(None)
+    park = rows.background(lambda: flush(rows, worker, awaiting(claimed)))
+    watcher = rows.other()
+    wait_blocked(watcher, rows, park)
+    assert delivery.commit().ready == {}, "an executing row is not woken"
+    flushed = park.result(10)
+    assert (flushed.committed, flushed.ready) == ({claimed.id}, {"default": 1})
+    row = rows.live(claimed.id)
+    assert row is not None
+    assert (row["status"], row["step"], inbox(rows, claimed.id)) == ("runnable", "woken", 1)
+
+
+def test_a_delivery_between_the_two_statements_of_a_park_waits_and_wakes(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    park = Held(rows, flushing(worker, awaiting(claimed))).until("wake_parked")
+    delivery = rows.background(lambda: other.atomically(delivering(claimed.id)))
+    wait_blocked(rows.other(), other, delivery)
+    park.commit()
+    assert delivery.result(10).ready == {"default": 1}
+    assert rows.status(claimed.id) == "runnable"
+
+
+@pytest.mark.parametrize("undone", ["park", "delivery"])
+def test_what_is_rolled_back_wakes_nobody(rows: Rows, undone: str) -> None:
+    worker, other, watcher = rows.worker(), rows.other(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    if undone == "park":
+        held = Held(rows, flushing(worker, awaiting(claimed))).until(None)
+        second = rows.background(lambda: other.atomically(delivering(claimed.id)))
+        wait_blocked(watcher, other, second)
+    else:
+        held = Held(other, delivering(claimed.id)).until(None)
+        parking = rows.background(lambda: flush(rows, worker, awaiting(claimed)))
+        wait_blocked(watcher, rows, parking)
+    held.rollback()
+    if undone == "park":
+        second.result(10)
+        assert (rows.status(claimed.id), inbox(rows, claimed.id)) == ("executing", 1)
+        flush(rows, worker, awaiting(claimed))
+        assert rows.status(claimed.id) == "runnable", "parked again, it finds the signal"
+    else:
+        parking.result(10)
+        assert (rows.status(claimed.id), inbox(rows, claimed.id)) == ("awaiting_signal", 0)
+
+
+def test_a_renewed_park_sleeps_on_what_it_was_shown_and_wakes_for_one_with_a_lower_id(rows: Rows) -> None:
+    """Ids commit out of order: the mark of what was shown is a set."""
+    worker, other = rows.worker(), rows.other()
+    instance = parked(rows, worker)
+    other.connection.execute("BEGIN")
+    # The lower id is drawn first and commits last; the row lock of a delivery would forbid it, an old session may not.
+    other.fetch("INSERT INTO {schema}.signals (target_id, name) VALUES (%s, 'go')", [instance])
+    rows.atomically(delivering(instance))
+    (claimed,) = rows.claim(worker)
+    shown = rows.run(signals.inbox([instance]))[instance]
+    assert len(shown) == 1
+    other.connection.execute("COMMIT")
+    flush(rows, worker, awaiting(claimed, shown=[signal.id for signal in shown]))
+    assert rows.status(instance) == "runnable"
+    (claimed,) = rows.claim(worker)
+    both = [signal.id for signal in rows.run(signals.inbox([instance]))[instance]]
+    assert both == sorted(both)
+    assert len(both) == 2
+    flush(rows, worker, awaiting(claimed, shown=both))
+    assert rows.status(instance) == "awaiting_signal"
+
+
+def test_two_deliveries_to_one_sleeper_wake_it_once(rows: Rows) -> None:
+    worker, one, two = rows.worker(), rows.other(), rows.other()
+    instance = parked(rows, worker)
+    first = Held(one, delivering(instance)).until(None)
+    second = rows.background(lambda: two.atomically(delivering(instance)))
+    wait_blocked(rows, two, second)
+    first.commit()
+    second.result(10)
+    assert (rows.status(instance), inbox(rows, instance)) == ("runnable", 2)
+    assert [row.id for row in rows.claim(worker)] == [instance]
+
+
+def test_two_deliveries_of_one_dedup_key_store_one(rows: Rows) -> None:
+    worker, one, two = rows.worker(), rows.other(), rows.other()
+    instance = parked(rows, worker)
+    signal = NewSignal(instance, "go", GO, "key")
+    first = Held(one, signals.deliver([signal])).until(None)
+    second = rows.background(lambda: two.atomically(signals.deliver([signal])))
+    wait_blocked(rows, two, second)
+    assert first.commit().stored == [True]
+    assert second.result(10).stored == [False]
+    assert inbox(rows, instance) == 1
+
+
+def test_two_batches_of_deliveries_in_opposite_order_do_not_deadlock(rows: Rows) -> None:
+    worker, one, two = rows.worker(), rows.other(), rows.other()
+    a, b = parked(rows, worker), parked(rows, worker)
+    first = Held(one, delivering(a, b)).until(None)
+    second = rows.background(lambda: two.atomically(delivering(b, a)))
+    wait_blocked(rows, two, second)
+    first.commit()
+    assert second.result(10).stored == [True, True]
+
+
+# Deliveries and claims, ends, timeouts, cancels
+
+
+def test_a_row_that_a_delivery_holds_is_not_waited_for_and_is_claimed_afterwards(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (instance,) = rows.insert()
+    held = Held(other, delivering(instance)).until(None)
+    assert rows.claim(worker) == [], "skipped, not waited for"
+    held.commit()
+    (claimed,) = rows.claim(worker)
+    assert (claimed.id, claimed.inbox) == (instance, True)
+
+
+def test_a_delivery_to_a_row_being_claimed_waits_and_is_seen_later(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (instance,) = rows.insert()
+    rows.connection.execute("BEGIN")
+    (claimed,) = rows.claim(worker)
+    delivery = rows.background(lambda: other.atomically(delivering(instance)))
+    wait_blocked(rows.other(), other, delivery)
+    rows.connection.execute("COMMIT")
+    assert delivery.result(10).stored == [True]
+    assert not claimed.inbox
+    flush(rows, worker, awaiting(claimed))
+    assert rows.status(instance) == "runnable"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_delivery_that_waits_for_an_end_finds_no_target(rows: Rows, kept: bool) -> None:
+    worker, other = rows.worker(), rows.other()
+    options = {"correlation_key": "k", "correlation_scope": ("executing", "done")} if kept else {}
+    (claimed,) = rows.claimed(worker, **options)
+    end = Held(rows, flushing(worker, done(claimed))).until(None)
+    delivery = rows.background(lambda: other.atomically(delivering(claimed.id)))
+    wait_blocked(rows.other(), other, delivery)
+    end.commit()
+    assert delivery.result(10).stored == [None]
+    assert inbox(rows, claimed.id) == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_end_that_waits_for_a_delivery_ends_and_leaves_at_most_what_the_sweep_finds(rows: Rows, kept: bool) -> None:
+    worker, other = rows.worker(), rows.other()
+    options = {"correlation_key": "k", "correlation_scope": ("executing", "done")} if kept else {}
+    (claimed,) = rows.claimed(worker, **options)
+    delivery = Held(other, delivering(claimed.id)).until(None)
+    ending = rows.background(lambda: flush(rows, worker, done(claimed)))
+    wait_blocked(rows.other(), rows, ending)
+    assert delivery.commit().stored == [True]
+    assert ending.result(10).committed == {claimed.id}
+    assert rows.status(claimed.id) == "done"
+    rows.fetch("UPDATE {schema}.signals SET created_at = created_at - interval '2 minutes'")
+    rows.run(maintenance.sweep_signals())
+    assert inbox(rows, claimed.id) == 0
+
+
+def test_a_timeout_passes_by_what_a_delivery_holds_and_the_signal_wins(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    instance = parked(rows, worker, timeout=0.0)
+    delivery = Held(other, delivering(instance)).until(None)
+    assert rows.run(maintenance.time_out()) == {}
+    delivery.commit()
+    assert rows.run(maintenance.time_out()) == {}
+    (claimed,) = rows.claim(worker)
+    assert (claimed.inbox, claimed.token) == (True, 2)
+
+
+def test_a_delivery_that_waits_for_a_timeout_is_stored_and_wakes_nobody_twice(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    instance = parked(rows, worker, timeout=0.0)
+    timeout = Held(rows, maintenance.time_out()).until(None)
+    delivery = rows.background(lambda: other.atomically(delivering(instance)))
+    wait_blocked(rows.other(), other, delivery)
+    assert timeout.commit() == {"default": 1}
+    assert delivery.result(10).stored == [True]
+    (claimed,) = rows.claim(worker)
+    assert claimed.inbox
+    assert len(rows.run(signals.inbox([instance]))[instance]) == 1
+
+
+def test_a_cancel_that_waits_for_a_delivery_ends_the_instance_and_its_inbox(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    instance = parked(rows, worker)
+    delivery = Held(other, delivering(instance)).until(None)
+    cancel = rows.background(lambda: rows.atomically(instances.cancel(instance, "enough")))
+    wait_blocked(rows.other(), rows, cancel)
+    assert delivery.commit().ready == {"default": 1}
+    assert cancel.result(10)[0] is True
+    assert (rows.status(instance), inbox(rows, instance)) == ("cancelled", 0)
+
+
+def test_a_delivery_that_waits_for_a_cancel_finds_no_target(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    instance = parked(rows, worker)
+    cancel = Held(rows, instances.cancel(instance, "enough")).until(None)
+    delivery = rows.background(lambda: other.atomically(delivering(instance)))
+    wait_blocked(rows.other(), other, delivery)
+    cancel.commit()
+    assert delivery.result(10).stored == [None]
+    assert inbox(rows, instance) == 0
+
+
+def test_a_batch_of_signals_and_a_flush_of_ends_and_transitions_do_not_deadlock(rows: Rows) -> None:
+    """The flush must lock in id order although ends and transitions are two statements."""
+    worker, other = rows.worker(), rows.other()
+    staying, ending = rows.claimed(worker, 2)
+    assert staying.id < ending.id
+    held = Held(rows, flushing(worker, going_on(staying), done(ending)))
+    held.until("advance")
+    delivery = rows.background(lambda: other.atomically(delivering(staying.id, ending.id)))
+    wait_blocked(rows.other(), other, delivery)
+    held.commit()
+    assert delivery.result(10).stored == [True, None]
+
+
+# Children
+
+
+def test_two_flushes_with_siblings_at_once_count_exactly_and_wake_once(rows: Rows) -> None:
+    one, two, other = rows.worker(), rows.worker(), rows.other()
+    parent, children = family(rows, one, 3)
+    rows.fetch("UPDATE {schema}.instances SET worker_id = %s WHERE id = %s", [two, children[2].id])
+    first = Held(rows, flushing(one, done(children[0]), done(children[1]))).until(None)
+    second = rows.background(lambda: flush(other, two, done(children[2])))
+    wait_blocked(rows.other(), other, second)
+    assert first.commit().ready == {}
+    assert second.result(10).ready == {"default": 1}
+    row = rows.live(parent)
+    assert row is not None
+    assert (row["status"], row["children_pending"], row["step"]) == ("runnable", 0, "join")
+    assert [claimed.id for claimed in rows.claim(one)] == [parent]
+
+
+@pytest.mark.parametrize("point", ["insert_many", "raise_barrier"])
+def test_a_reaper_passes_by_a_parent_that_spawns_at_this_moment(rows: Rows, point: str) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    spawn = Held(rows, flushing(worker, spawning(claimed))).until(point)
+    other.run(bury(worker))
+    assert other.atomically(reclaiming(worker)).ids == [], "its outcome is committing"
+    spawn.commit()
+    assert other.atomically(reclaiming(worker)).ids == []
+    row = rows.live(claimed.id)
+    assert row is not None
+    assert (row["status"], row["children_pending"]) == ("awaiting_children", 2)
+    assert len(rows.fetch("SELECT id FROM {schema}.instances WHERE parent_id = %s", [claimed.id])) == 2
+
+
+def test_a_spawn_that_comes_after_the_reaper_inserts_no_child(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    other.run(bury(worker))
+    reclaim = Held(other, reclaiming(worker)).until(None)
+    spawn = rows.background(lambda: flush(rows, worker, spawning(claimed)))
+    wait_blocked(rows.other(), rows, spawn)
+    assert reclaim.commit().ids == [claimed.id]
+    assert spawn.result(10).committed == set()
+    assert rows.fetch("SELECT id FROM {schema}.instances") == [{"id": claimed.id}]
+
+
+def test_no_child_is_seen_before_its_parents_barrier(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    spawn = Held(rows, flushing(worker, spawning(claimed))).until("raise_barrier")
+    assert other.claim(worker, queue="kids") == []
+    spawn.commit()
+    assert len(other.claim(worker, queue="kids")) == 2
+
+
+def test_a_cascade_that_waits_for_a_childs_end_does_not_deadlock(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    parent, children = family(rows, worker)
+    end = Held(rows, flushing(worker, done(children[0]))).until(None)
+    cancel = rows.background(lambda: other.atomically(instances.cancel(parent, "enough", True)))
+    wait_blocked(rows.other(), other, cancel)
+    end.commit()
+    assert cancel.result(10)[0] is True
+    assert [rows.status(row.id) for row in children] == ["done", "executing"]
+    assert rows.status(parent) == "cancelled"
+    flush(rows, worker, done(children[1]))
+    assert rows.status(children[1].id) == "cancelled"
+
+
+def test_a_childs_end_that_waits_for_a_cascade_does_not_deadlock(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    parent, children = family(rows, worker)
+    cancel = Held(other, instances.cancel(parent, "enough", True)).until(None)
+    end = rows.background(lambda: flush(rows, worker, *map(done, children)))
+    wait_blocked(rows.other(), rows, end)
+    cancel.commit()
+    assert end.result(10).committed == {row.id for row in children}
+    assert [rows.status(row) for row in (parent, *(child.id for child in children))] == ["cancelled"] * 3
+
+
+def test_a_cascade_that_meets_a_spawn_reaches_the_new_children(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    spawn = Held(rows, flushing(worker, spawning(claimed))).until(None)
+    cancel = rows.background(lambda: other.atomically(instances.cancel(claimed.id, "enough", True)))
+    wait_blocked(rows.other(), other, cancel)
+    spawn.commit()
+    assert cancel.result(10)[0] is True
+    assert rows.fetch("SELECT status::text, count(*) AS n FROM {schema}.history GROUP BY 1") == [
+        {"status": "cancelled", "n": 3}
+    ]
+
+
+def test_a_spawn_that_waits_for_a_cascade_inserts_no_child(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    (claimed,) = rows.claimed(worker)
+    cancel = Held(other, instances.cancel(claimed.id, "enough", True)).until(None)
+    spawn = rows.background(lambda: flush(rows, worker, spawning(claimed)))
+    wait_blocked(rows.other(), rows, spawn)
+    cancel.commit()
+    assert spawn.result(10).committed == {claimed.id}
+    assert rows.status(claimed.id) == "cancelled"
+    assert rows.fetch("SELECT id FROM {schema}.instances") == []
+
+
+def test_a_cancel_of_a_child_and_a_cascade_from_its_parent_do_not_deadlock(rows: Rows) -> None:
+    worker, other, third = rows.worker(), rows.other(), rows.other()
+    parent, children = family(rows, worker)
+    rows.release(worker, *children)
+    one = Held(other, instances.cancel(children[1].id, "this one")).until("ended_families")
+    all_ = rows.background(lambda: third.atomically(instances.cancel(parent, "all", True)))
+    wait_blocked(rows, third, all_)
+    assert one.commit()[0] is True
+    assert all_.result(10)[0] is True
+    assert rows.fetch("SELECT count(*) AS n FROM {schema}.history WHERE status = 'cancelled'") == [{"n": 3}]
+
+
+def test_two_children_cancelled_at_once_wake_their_parent_once(rows: Rows) -> None:
+    worker, other = rows.worker(), rows.other()
+    parent, children = family(rows, worker)
+    rows.release(worker, *children)
+    one = Held(other, instances.cancel(children[0].id, "one")).until(None)
+    two = rows.background(lambda: rows.atomically(instances.cancel(children[1].id, "two")))
+    wait_blocked(rows.other(), rows, two)
+    assert one.commit() == (True, {})
+    assert two.result(10) == (True, {"default": 1})
+    assert rows.status(parent) == "runnable"
+
+
+# Batches
+
+
+def test_riders_are_made_only_for_what_committed(rows: Rows) -> None:
+    worker = rows.worker()
+    consuming, spawning_, ending, parking = rows.claimed(worker, 4)
+    stale = rows.claimed(worker, 4)
+    parent, children = family(rows, worker, 2)
+    everyone = [*(row.id for row in (consuming, *stale[:2])), parking.id, stale[3].id]
+    rows.atomically(delivering(*everyone))
+    found = rows.run(signals.inbox(everyone))
+    ids = {target: [signal.id for signal in box] for target, box in found.items()}
+    rows.release(worker, *stale, children[1])
+    flushed = flush(
+        rows,
+        worker,
+        going_on(consuming, consumed=ids[consuming.id]),
+        going_on(stale[0], consumed=ids[stale[0].id]),
+        spawning(spawning_),
+        spawning(stale[1], 5),
+        done(ending),
+        done(stale[2]),
+        awaiting(parking),
+        awaiting(stale[3]),
+        done(children[0]),
+        done(children[1]),
+    )
+    assert flushed.committed == {consuming.id, spawning_.id, ending.id, parking.id, children[0].id}
+    assert flushed.ready == {"default": 2, "kids": 2}
+    assert [inbox(rows, row.id) for row in (consuming, *stale)] == [0, 1, 1, 0, 1]
+    assert len(rows.fetch("SELECT id FROM {schema}.instances WHERE parent_id = %s", [spawning_.id])) == 2
+    assert rows.fetch("SELECT id FROM {schema}.instances WHERE parent_id = %s", [stale[1].id]) == []
+    row = rows.live(parent)
+    assert row is not None
+    assert (row["status"], row["children_pending"]) == ("awaiting_children", 1)
+    assert {rows.status(row.id) for row in (*stale, children[1])} == {"runnable"}
+
+
+def test_the_number_of_statements_of_a_mixed_flush_does_not_depend_on_its_size(rows: Rows) -> None:
+    worker = rows.worker()
+    counted = []
+    for size in (1, 20):
+        parents = [family(rows, worker, 2) for _ in range(size)]
+        mixed = rows.claimed(worker, 7 * size, queue="default")
+        rows.atomically(delivering(*(row.id for row in mixed)))
+        found = rows.run(signals.inbox([row.id for row in mixed]))
+        commits = [done(child) for _, children in parents for child in children]
+        for n in range(0, 7 * size, 7):
+            a, b, c, d, e, f, g = mixed[n : n + 7]
+            commits += [
+                done(a),
+                going_on(b, consumed=[signal.id for signal in found[b.id]]),
+                awaiting(c),
+                awaiting(d, "other", timeout=60.0),
+                spawning(e, 3),
+                Commit(f, "runnable", kind="retry", attempt=1, delay=0.0),
+                done(g._replace(keeps_key=True)),
+            ]
+        names: list[str] = []
+        flushed = rows.atomically(noted(flushing(worker, *commits), names))
+        assert flushed.committed == {commit.claimed.id for commit in commits}
+        counted.append(names)
+        rows.fetch("DELETE FROM {schema}.instances")
+    assert counted[0] == counted[1]
+    assert len(counted[0]) <= 12, counted[0]
+
+
+def test_a_flush_of_plain_ends_is_one_statement(rows: Rows) -> None:
+    worker = rows.worker()
+    names: list[str] = []
+    rows.run(noted(flushing(worker, *map(done, rows.claimed(worker, 10))), names))
+    assert names == ["finish"]
+
+
+def test_the_driver_and_two_sessions_agree_on_a_whole_machine(
+    app: Durable, driver: Driver, view: View, rows: Rows
+) -> None:
+    """The lost wakeup once more, through the production engine: the delivery is open while the machine parks."""
+
+    @app.machine(name="whole")
+    class Whole(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return Await("go", then=self.spawn)
+
+        @step
+        def spawn(self, ctx: Context) -> Any:
+            return ScheduleChildren([(Whole, {"step": "leaf"})] * 2, then=self.end)
+
+        @step
+        def leaf(self, ctx: Context) -> Any:
+            return Next(self.end)
+
+        @step
+        def end(self, ctx: Context) -> Any:
+            return Done(len(ctx.children))
+
+    result = Whole.delay()
+    commit = driver.execute(driver.claim())
+    delivery = Held(rows, delivering(result.id)).until(None)
+    parking = rows.background(lambda: driver.flush(commit))
+    watcher = rows.other()
+    engine_pid = driver.engine._link.connection.info.backend_pid
+    wait_until_blocked(watcher, engine_pid, parking)
+    delivery.commit()
+    assert parking.result(10) == {result.id}
+    driver.drain()
+    assert result.get(timeout=5) == 2
+
+
+# Tools
+
+
+def bury(worker: int) -> Operation[None]:
+    return workers.bury([worker])
+
+
+def reclaiming(worker: int) -> Operation[workers.Reclaimed]:
+    return workers.reclaim(worker, [], 3, "it died")
+
+
+def noted(operation: Operation[Any], names: list[str]) -> Operation[Any]:
+    """The operation, its statements' names written down."""
+    rows: Any = None
+    while True:
+        try:
+            name, parameters = operation.send(rows)
+        except StopIteration as stop:
+            return stop.value
+        names.append(name)
+        rows = yield name, parameters
+
+
+def wait_blocked(watcher: Session, session: Session, future: Any) -> None:
+    """Wait until a session waits for a lock; fail if it went through."""
+    wait_until_blocked(watcher, session.pid, future)
+
+
+def wait_until_blocked(watcher: Session, pid: int, future: Any) -> None:
+    query = "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+    wait_until(lambda: future.done() or watcher.fetch(query, [pid]), what="a wait for a lock")
+    assert not future.done(), f"it did not wait: {future.result()!r}"
