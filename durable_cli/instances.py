@@ -1,8 +1,9 @@
-"""`durable call`, `result`, `show`, `list`, `purge`, `cancel`: one instance or many."""
+"""`durable call`, `signal`, `result`, `show`, `list`, `purge`, `cancel`: one instance or many."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,8 +12,8 @@ import click
 
 from durable import AsyncResult, Durable
 from durable.errors import CorruptRowError, NotFoundError, ResultTimeout, TaskFailed
-from durable.instance import STATUSES, TERMINAL
-from durable.storage import inspection, instances
+from durable.instance import STATUSES, TERMINAL, StoredSignal
+from durable.storage import inspection, instances, signals
 from durable.storage.inspection import Detail, Listed
 from durable.storage.session import Connection, run, run_atomically
 from durable_cli.exits import FAILED, USAGE, CommandError
@@ -29,7 +30,9 @@ from durable_cli.output import (
 )
 from durable_cli.session import Session, app_options, ask, connected, database_options
 from durable_cli.values import (
+    DEDUP_KEY,
     INSTANCE,
+    JSON,
     JSON_ARRAY,
     JSON_OBJECT,
     KEY,
@@ -38,6 +41,7 @@ from durable_cli.values import (
     REASON,
     SECONDS,
     SECONDS_OR_MOMENT,
+    SIGNAL,
     TARGET,
     target,
 )
@@ -106,6 +110,27 @@ def call(
 
 
 @click.command()
+@click.argument("receiver", metavar="ID|KEY")
+@click.argument("name", type=SIGNAL)
+@click.option("--payload", type=JSON, default="null", help="What it carries, as JSON.")
+@click.option("--dedup-key", type=DEDUP_KEY, metavar="KEY", help="Delivers it once, however often it is sent.")
+@click.option("--key", "by_key", is_flag=True, help="It is a correlation key, even if it looks like an id.")
+@database_options
+@click.pass_context
+def signal(ctx: click.Context, receiver: str, name: str, payload: Any, dedup_key: str | None, by_key: bool) -> None:
+    """Put the message NAME into the inbox of a live instance, by id or correlation key."""
+    session: Session = ctx.obj
+    wanted = (KEY if by_key else TARGET).convert(receiver, None, ctx)
+    app = session.database()
+    with connected(app) as connection:
+        new = app.signal(wanted, name, payload, dedup_key=dedup_key, connection=connection)
+    if session.as_json:
+        print_json({"target": wanted, "name": name, "delivered": new, "duplicate": not new})
+    else:
+        say(f"{wanted}: " + ("delivered" if new else f"nothing done: {dedup_key!r} was delivered before"))
+
+
+@click.command()
 @click.argument("instance", metavar="ID", type=INSTANCE)
 @click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Wait so long at most; else for ever.")
 @click.option("--no-wait", is_flag=True, help="Do not wait; exit 1 if it is not finished.")
@@ -164,14 +189,21 @@ def _failure(error: TaskFailed | None) -> dict[str, str] | None:
 def show(session: Session, instance: int) -> None:
     """Show everything about an instance, its arguments and result included."""
     app = session.database()
-    detail = ask(app, inspection.show(instance))
-    if detail is None:
-        raise NotFoundError(f"there is no instance {instance}")
-    document = _document(app, detail)
+    with connected(app) as connection:
+        detail = run(connection, app.sql, inspection.show(instance))
+        if detail is None:
+            raise NotFoundError(f"there is no instance {instance}")
+        document = _document(app, detail)
+        document["children"] = run(connection, app.sql, inspection.children_by_status(instance))
+        inbox = run(connection, app.sql, signals.inbox([instance])).get(instance, [])
+    document["inbox"] = [_signal(app, entry) for entry in inbox]
     if session.as_json:
         print_json(document)
         return
     error = document.pop("error")
+    document["awaits"] = ", ".join(document["awaits"] or ()) or None
+    document["children"] = _counted(document["children"])
+    document["inbox"] = _counted(Counter(entry.name for entry in inbox))
     lines = {
         name.replace("_", " "): readable(value) if name in ("args", "kwargs", "state", "result") else value
         for name, value in document.items()
@@ -200,6 +232,15 @@ def _document(app: Durable, detail: Detail) -> dict[str, Any]:
     error = document.pop("error")
     first = {name: document.pop(name) for name in ("id", "task", "task_version", "status", "attempts", "queue")}
     return {**first, **payloads, "result": result, "error": error, **document}
+
+
+def _signal(app: Durable, entry: StoredSignal) -> dict[str, Any]:
+    payload = _decoded(app, entry.payload_type, entry.payload, "payload")
+    return {"id": entry.id, "name": entry.name, "payload": payload, "created_at": entry.created_at}
+
+
+def _counted(counts: Mapping[str, int]) -> str | None:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or None
 
 
 def _decoded(app: Durable, type_name: str | None, body: bytes | None, what: str) -> Any:

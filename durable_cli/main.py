@@ -116,7 +116,8 @@ def completion(shell: str) -> None:
 
 for _command in (
     run.worker, run.beat, database.migrate, server.server, demo,
-    instances.call, instances.result, instances.show, instances.list_, instances.cancel, instances.purge,
+    instances.call, instances.signal, instances.result, instances.show, instances.list_, instances.cancel,
+    instances.purge,
     cluster.status, cluster.queues, cluster.workers, completion,
 ):  # fmt: skip
     cli.add_command(_command)

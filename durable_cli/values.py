@@ -79,6 +79,14 @@ def _seconds_or_moment(text: str) -> float | datetime:
     return _seconds(text) if re.fullmatch(r"[0-9.eE+-]*", text) and text.count("-") < 2 else _moment(text)
 
 
+def _name(text: str) -> str:
+    return validation.text(text, "a signal's name")
+
+
+def _dedup_key(text: str) -> str:
+    return validation.text(text, "a dedup key")
+
+
 def _json(kind: type, what: str) -> Callable[[str], Any]:
     def check(text: str) -> Any:
         try:
@@ -119,5 +127,8 @@ MOMENT = Checked("time", _moment)
 SECONDS_OR_MOMENT = Checked("seconds or time", _seconds_or_moment)
 JSON_ARRAY = Checked("json", _json(list, "a JSON array like '[1, \"two\"]'"))
 JSON_OBJECT = Checked("json", _json(dict, "a JSON object like '{\"n\": 1}'"))
+JSON = Checked("json", _json(object, "JSON"))
+SIGNAL = Checked("name", _name)
+DEDUP_KEY = Checked("key", _dedup_key)
 PREFETCH = Checked("auto|n", _prefetch)
 NAME = Checked("name", _worker_name)

@@ -33,6 +33,14 @@ RETURNING i.id, i.queue, i.status::text;
 SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox
 FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
 
+-- name: children_by_status
+-- How many children of every round an instance has, live and finished. Params: parent bigint. Rows: status, count.
+SELECT status::text, count(*)
+FROM (SELECT status FROM {schema}.instances WHERE parent_id = %(parent)s
+      UNION ALL
+      SELECT status FROM {schema}.history WHERE parent_id = %(parent)s) AS family
+GROUP BY family.status ORDER BY family.status;
+
 -- name: children
 -- A page of an instance's children, live or finished, by id. Params: parent bigint, round int|null (all rounds),
 --         after bigint, limit bigint. Rows: id, machine, status, state_type, state, result_type, result, error.

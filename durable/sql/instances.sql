@@ -163,7 +163,7 @@ INSERT INTO {schema}.history SELECT * FROM gone;
 SELECT e.id, e.machine, e.machine_version, e.step, e.queue, e.priority, e.status::text, e.attempt, e.crashes, e.version,
        e.token, e.max_attempts, e.created_at, e.eligible_at, e.finished_at, e.expires_at, e.correlation_key,
        e.correlation_scope::text[], e.cancel_requested, e.reason, e.error, e.state_type, e.state, e.result_type, e.result,
-       e.worker_id, w.name, w.host, w.pid
+       e.worker_id, w.name, w.host, w.pid, e.awaits, e.deadline, e.parent_id
 FROM (SELECT * FROM {schema}.instances WHERE id = %(id)s
       UNION ALL
       SELECT * FROM {schema}.history WHERE id = %(id)s) AS e

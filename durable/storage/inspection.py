@@ -67,6 +67,9 @@ class Detail(NamedTuple):
     worker_name: str | None
     worker_host: str | None
     worker_pid: int | None
+    awaits: list[str] | None
+    deadline: datetime | None
+    parent_id: int | None
 
 
 class QueueState(NamedTuple):
@@ -128,6 +131,12 @@ def show(instance_id: int) -> Operation[Detail | None]:
     """Return everything about one instance, or None if there is none of that id."""
     rows = yield "show", {"id": instance_id}
     return Detail(*rows[0]) if rows else None
+
+
+def children_by_status(instance_id: int) -> Operation[dict[str, int]]:
+    """Return status -> number of an instance's children of every round, live and finished."""
+    rows = yield "children_by_status", {"parent": instance_id}
+    return {row[0]: row[1] for row in rows}
 
 
 def queues() -> Operation[list[QueueState]]:
