@@ -70,7 +70,7 @@ class Session:
 
     def flush(self, worker: int, *commits: Commit) -> set[int]:
         """Commit outcomes, as a worker does."""
-        return claims.flush(self.connection, self.sql, worker, commits)
+        return claims.flush(self.connection, self.sql, worker, commits).committed
 
     def release(self, worker: int, *claimed: Claimed, reason: str | None = None) -> dict[str, int]:
         """Give claims back."""

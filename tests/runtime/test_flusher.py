@@ -67,19 +67,19 @@ def test_a_lost_commit_answer_is_submitted_again_and_counts_as_committed(
     bench: Bench, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = bench.claim(5)
-    real: Callable[..., set[int]] = claims.flush
+    real: Callable[..., claims.Flushed] = claims.flush
     calls = []
 
-    def lose_the_first_answer(link: Any, *args: Any) -> set[int]:
-        committed = real(link, *args)
-        calls.append(len(committed))
+    def lose_the_first_answer(link: Any, *args: Any) -> claims.Flushed:
+        flushed = real(link, *args)
+        calls.append(len(flushed.committed))
         if len(calls) == 1:
             link.close()
             raise psycopg.OperationalError("the answer was lost")
-        return committed
+        return flushed
 
     monkeypatch.setattr(flusher_module.claims, "flush", lose_the_first_answer)
-    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows])
+    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows]).committed
 
     assert calls == [5, 0]
     assert committed == {row.id for row in rows}
@@ -93,7 +93,7 @@ def test_a_connection_lost_before_the_commit_costs_nothing_either(
     backend = bench.link.connection.info.backend_pid
     connection.execute("SELECT pg_terminate_backend(%s, 5000)", (backend,))
 
-    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows])
+    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows]).committed
 
     assert committed == {row.id for row in rows}
 
@@ -107,7 +107,7 @@ def test_one_outcome_that_the_database_refuses_fails_alone(bench: Bench, connect
     batch = [Commit(row, "done", DONE) for row in rows]
     batch[17].result = Payload("json", b"poison")
 
-    committed = bench.flusher.flush(bench.worker, batch)
+    committed = bench.flusher.flush(bench.worker, batch).committed
 
     assert committed == {row.id for row in rows}
     ended = statuses(bench.app, connection)
@@ -127,7 +127,7 @@ def test_a_missing_partition_is_made_and_the_flush_repeated(bench: Bench, connec
     for (name,) in names:
         connection.execute(f"DROP TABLE {name}")
 
-    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows])
+    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows]).committed
 
     assert committed == {row.id for row in rows}
     assert set(statuses(bench.app, connection).values()) == {("done", 1)}
@@ -140,7 +140,7 @@ def test_a_stale_outcome_in_a_batch_is_reported_and_the_others_commit(
     taken = rows[1]
     bench.link.run_atomically(claims.release(bench.worker, [(taken.id, taken.token)]))
 
-    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows])
+    committed = bench.flusher.flush(bench.worker, [Commit(row, "done", DONE) for row in rows]).committed
 
     assert committed == {row.id for row in rows} - {taken.id}
     assert statuses(bench.app, connection)[taken.id] == ("runnable", 0)

@@ -100,7 +100,7 @@ def test_a_row_past_its_expiry_is_claimed_and_says_so(rows: Rows) -> None:
 def test_an_expired_claim_ends_cancelled_and_says_why(rows: Rows) -> None:
     worker = rows.worker()
     one, two = rows.claimed(worker, 2)
-    assert rows.atomically(claims.expire(worker, [(one.id, one.token), (two.id, two.token + 1)])) == 1
+    assert rows.atomically(claims.expire(worker, [(one.id, one.token), (two.id, two.token + 1)])) == {}
     row = rows.history(one.id)
     assert row is not None
     assert (row["status"], row["error"]["type"]) == ("cancelled", "Expired")

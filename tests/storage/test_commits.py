@@ -198,7 +198,7 @@ def test_a_stale_outcome_of_any_kind_changes_nothing(rows: Rows, case: str) -> N
     for kind, make in KINDS.items():
         assert rows.flush(worker, make(claimed)) == set(), kind
         assert (rows.live(claimed.id), rows.history(claimed.id)) == before, kind
-    assert rows.atomically(claims.expire(worker, [(claimed.id, claimed.token)])) in (0, 1)
+    assert rows.atomically(claims.expire(worker, [(claimed.id, claimed.token)])) == {}
 
 
 @every_kind
@@ -258,7 +258,7 @@ def test_the_number_of_statements_does_not_depend_on_the_size_of_the_flush(rows:
         commits = [KINDS[mix[n % len(mix)]](row) for n, row in enumerate(claimed)]
         counted.append(statements(rows, lambda commits=commits: rows.flush(worker, *commits)))  # type: ignore[misc]
         rows.fetch("DELETE FROM {schema}.instances")
-    assert counted[0] == counted[1] <= 5
+    assert counted[0] == counted[1] <= 7
     assert mix != ["done"] or counted[0] == 1
 
 

@@ -15,7 +15,8 @@ from durable import Context, Durable
 from durable.context import current
 from durable.instance import Claimed, Payload
 from durable.outcomes import Cancel, Done, Retry, Stop
-from durable.runtime.executor import MAX_ERROR_TEXT, Executor, error_json
+from durable.runtime.executor import Executor
+from durable.runtime.failures import MAX_ERROR_TEXT, error_json
 from durable.storage.claims import Commit
 
 
