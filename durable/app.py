@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -21,7 +20,6 @@ from durable.batch import Batch, collecting
 from durable.config import Config
 from durable.context import Child
 from durable.errors import (
-    ConnectionUsageError,
     DuplicateError,
     NoTargetError,
     UnknownTaskError,
@@ -35,9 +33,10 @@ from durable.serialization import Codec
 from durable.sql import Statements
 from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Connection, Operation, Row, arun, run, translated
+from durable.storage.session import Operation, Row, arun, run
 from durable.task import Task
 from durable.wakeups import Wakeups
+from durable.writer import Write, Writer
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -147,7 +146,8 @@ class Durable(Registry):
         Raises NoTargetError when nothing live is there, PayloadError, ValidationError; nothing is written then.
         """
         batch = [self._new_signal(target, name, payload, dedup_key)]
-        return _one(self._deliver(batch, connection, notify_in_transaction), batch)
+        delivery = self._writer.write(self._delivery(batch), connection, notify_in_transaction)
+        return _one(delivery.stored, batch)
 
     async def asignal(
         self,
@@ -161,7 +161,8 @@ class Durable(Registry):
     ) -> bool:
         """`signal` for coroutines."""
         batch = [self._new_signal(target, name, payload, dedup_key)]
-        return _one(await self._adeliver(batch, connection, notify_in_transaction), batch)
+        write = self._delivery(batch)
+        return _one((await self._writer.awrite(write, connection, notify_in_transaction)).stored, batch)
 
     def signal_many(
         self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
@@ -170,13 +171,15 @@ class Durable(Registry):
 
         Returns for each True (new), False (a duplicate of its dedup key) or None (nothing live there).
         """
-        return self._deliver(self._new_signals(messages), connection, notify_in_transaction)
+        write = self._delivery(self._new_signals(messages))
+        return self._writer.write(write, connection, notify_in_transaction).stored
 
     async def asignal_many(
         self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
     ) -> list[bool | None]:
         """`signal_many` for coroutines."""
-        return await self._adeliver(self._new_signals(messages), connection, notify_in_transaction)
+        write = self._delivery(self._new_signals(messages))
+        return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
     def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
@@ -184,23 +187,11 @@ class Durable(Registry):
         A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
         cascade  its children and theirs too
         """
-        operation = self._cancel(target, reason, cascade)
-        with self._pool.connection() as connection:
-            with connection.transaction():
-                cancelled, woken = run(connection, self.sql, operation)
-            for wakeup in self.wakeups.became_ready(woken):
-                run(connection, self.sql, wakeup)
-        return cancelled
+        return self._writer.write(self._cancelling(target, reason, cascade))[0]
 
     async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
         """`cancel` for coroutines."""
-        operation = self._cancel(target, reason, cascade)
-        async with self._pool.aconnection() as connection:
-            async with connection.transaction():
-                cancelled, woken = await arun(connection, self.sql, operation)
-            for wakeup in self.wakeups.became_ready(woken):
-                await arun(connection, self.sql, wakeup)
-        return cancelled
+        return (await self._writer.awrite(self._cancelling(target, reason, cascade)))[0]
 
     def retry(self, instance_id: int) -> bool:
         """Have a failed instance go on from its failed step, under the same id; False when it is not failed.
@@ -209,18 +200,11 @@ class Durable(Registry):
         Raises DuplicateError when its correlation key is occupied by another.
         """
         operation = instances.retry_failed(validation.instance_id(instance_id))
-        with self._pool.connection() as connection:
-            try:
-                ready = run(connection, self.sql, operation)
-            except psycopg.errors.UniqueViolation as error:
-                raise self._occupied(connection, instance_id) from error
-            for wakeup in self.wakeups.became_ready(ready or {}):
-                run(connection, self.sql, wakeup)
-        return ready is not None
-
-    def _occupied(self, connection: Connection, instance_id: int) -> DuplicateError:
-        key, occupant = run(connection, self.sql, instances.rival(instance_id))
-        return DuplicateError(key, occupant)
+        write = Write(operation, lambda ready: self.wakeups.became_ready(ready or {}), lambda _: (), atomic=False)
+        try:
+            return self._writer.write(write) is not None
+        except psycopg.errors.UniqueViolation as error:
+            raise DuplicateError(*self.run(instances.rival(instance_id))) from error
 
     def result(self, instance_id: int) -> AsyncResult[Any]:
         """Return the handle on an instance; asks nothing yet. Raises ValidationError for what is no id."""
@@ -322,6 +306,10 @@ class Durable(Registry):
             self.dsn, self.schema, self.name, self.conf.pool_size, self.conf.connect_timeout, pooler=self.conf.pooler
         )
 
+    @cached_property
+    def _writer(self) -> Writer:
+        return Writer(self._pool, self.sql)
+
     @property
     def _watcher(self) -> Watcher:
         # By process: a forked child has the parent's object but not its thread.
@@ -385,131 +373,60 @@ class Durable(Registry):
                 raise ValidationError(f"signal_many, entry {index}: {error}") from error
         return prepared
 
-    def _deliver(self, batch: list[NewSignal], connection: Any, notify_in_transaction: bool) -> list[bool | None]:
-        if connection is None:
-            with self._pool.connection() as own:
-                with own.transaction():
-                    delivery = run(own, self.sql, signals.deliver(batch))
-                for wakeup in self.wakeups.became_ready(delivery.ready):
-                    run(own, self.sql, wakeup)
-            return delivery.stored
-        _usable(connection, psycopg.Connection)
-        with translated(self.schema), connection.transaction() if connection.autocommit else nullcontext():
-            delivery = run(connection, self.sql, signals.deliver(batch), foreign=True)
-            if delivery.ready and notify_in_transaction:
-                for wakeup in self.wakeups.any_queue():
-                    run(connection, self.sql, wakeup, foreign=True)
-        return delivery.stored
+    def _delivery(self, batch: list[NewSignal]) -> Write[signals.Delivery]:
+        return Write(
+            signals.deliver(batch),
+            lambda delivery: self.wakeups.became_ready(delivery.ready),
+            lambda delivery: self.wakeups.any_queue() if delivery.ready else (),
+        )
 
-    async def _adeliver(
-        self, batch: list[NewSignal], connection: Any, notify_in_transaction: bool
-    ) -> list[bool | None]:
-        if connection is None:
-            async with self._pool.aconnection() as own:
-                async with own.transaction():
-                    delivery = await arun(own, self.sql, signals.deliver(batch))
-                for wakeup in self.wakeups.became_ready(delivery.ready):
-                    await arun(own, self.sql, wakeup)
-            return delivery.stored
-        _usable(connection, psycopg.AsyncConnection)
-        with translated(self.schema):
-            async with connection.transaction() if connection.autocommit else nullcontext():
-                delivery = await arun(connection, self.sql, signals.deliver(batch), foreign=True)
-                if delivery.ready and notify_in_transaction:
-                    for wakeup in self.wakeups.any_queue():
-                        await arun(connection, self.sql, wakeup, foreign=True)
-        return delivery.stored
-
-    def _cancel(self, target: int | str, reason: str | None, cascade: bool) -> Operation[tuple[bool, dict[str, int]]]:
+    def _cancelling(self, target: int | str, reason: str | None, cascade: bool) -> Write[tuple[bool, dict[str, int]]]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
         if isinstance(target, str):
-            return _cancel_key(validation.text(target, "correlation_key"), text, cascade)
-        return instances.cancel(validation.instance_id(target), text, cascade)
+            operation = _cancel_key(validation.text(target, "correlation_key"), text, cascade)
+        else:
+            operation = instances.cancel(validation.instance_id(target), text, cascade)
+        return Write(operation, lambda outcome: self.wakeups.became_ready(outcome[1]), lambda _: ())
+
+    def _insertion(self, new: NewInstance) -> Write[int]:
+        return Write(
+            instances.insert(new),
+            lambda _: self.wakeups.after_insert((new,)),
+            lambda _: self.wakeups.in_transaction((new,)),
+            atomic=False,
+        )
+
+    def _insertions(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
+        return Write(
+            instances.insert_many(batch),
+            lambda _: self.wakeups.after_insert(batch),
+            lambda _: self.wakeups.in_transaction(batch),
+        )
 
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
-        if connection is None:
-            batch = collecting(self)
-            if batch is not None:
-                return batch.add(new)
-            with self._pool.connection() as own:
-                instance_id = run(own, self.sql, instances.insert(new))
-                for operation in self.wakeups.after_insert((new,)):
-                    run(own, self.sql, operation)
-            return AsyncResult(instance_id, self)
-        _usable(connection, psycopg.Connection)
-        with translated(self.schema):
-            instance_id = run(connection, self.sql, instances.insert(new), foreign=True)
-            for operation in self._wakeups_on(connection, (new,), notify_in_transaction):
-                run(connection, self.sql, operation, foreign=True)
-        return AsyncResult(instance_id, self)
+        batch = collecting(self) if connection is None else None
+        if batch is not None:
+            return batch.add(new)
+        return AsyncResult(self._writer.write(self._insertion(new), connection, notify_in_transaction), self)
 
     async def _asubmit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
-        if connection is None:
-            batch = collecting(self)
-            if batch is not None:
-                return batch.add(new)
-            async with self._pool.aconnection() as own:
-                instance_id = await arun(own, self.sql, instances.insert(new))
-                for operation in self.wakeups.after_insert((new,)):
-                    await arun(own, self.sql, operation)
-            return AsyncResult(instance_id, self)
-        _usable(connection, psycopg.AsyncConnection)
-        with translated(self.schema):
-            instance_id = await arun(connection, self.sql, instances.insert(new), foreign=True)
-            for operation in self._wakeups_on(connection, (new,), notify_in_transaction):
-                await arun(connection, self.sql, operation, foreign=True)
+        batch = collecting(self) if connection is None else None
+        if batch is not None:
+            return batch.add(new)
+        instance_id = await self._writer.awrite(self._insertion(new), connection, notify_in_transaction)
         return AsyncResult(instance_id, self)
 
     def insert_rows(
         self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
         """Insert prepared rows in one transaction; return an id per row, None where the key was occupied."""
-        if not batch:
-            return []
-        operation = instances.insert_many(batch)
-        if connection is None:
-            with self._pool.connection() as own:
-                with own.transaction():
-                    ids = run(own, self.sql, operation)
-                for wakeup in self.wakeups.after_insert(batch):
-                    run(own, self.sql, wakeup)
-            return ids
-        _usable(connection, psycopg.Connection)
-        with translated(self.schema), connection.transaction() if connection.autocommit else nullcontext():
-            ids = run(connection, self.sql, operation, foreign=True)
-            for wakeup in self._wakeups_on(connection, batch, notify_in_transaction):
-                run(connection, self.sql, wakeup, foreign=True)
-        return ids
+        return self._writer.write(self._insertions(batch), connection, notify_in_transaction) if batch else []
 
     async def ainsert_rows(
         self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
         """`insert_rows` for coroutines."""
-        if not batch:
-            return []
-        operation = instances.insert_many(batch)
-        if connection is None:
-            async with self._pool.aconnection() as own:
-                async with own.transaction():
-                    ids = await arun(own, self.sql, operation)
-                for wakeup in self.wakeups.after_insert(batch):
-                    await arun(own, self.sql, wakeup)
-            return ids
-        _usable(connection, psycopg.AsyncConnection)
-        with translated(self.schema):
-            async with connection.transaction() if connection.autocommit else nullcontext():
-                ids = await arun(connection, self.sql, operation, foreign=True)
-                for wakeup in self._wakeups_on(connection, batch, notify_in_transaction):
-                    await arun(connection, self.sql, wakeup, foreign=True)
-        return ids
-
-    def _wakeups_on(
-        self, connection: Any, batch: Sequence[NewInstance], notify_in_transaction: bool
-    ) -> Sequence[Operation[Any]]:
-        """A raw connection has no after-commit hook: its transaction carries one constant payload, or none."""
-        if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-            return self.wakeups.after_insert(batch)
-        return self.wakeups.in_transaction(batch) if notify_in_transaction else ()
+        return await self._writer.awrite(self._insertions(batch), connection, notify_in_transaction) if batch else []
 
     def __repr__(self) -> str:
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"
@@ -526,18 +443,3 @@ def _one(stored: list[bool | None], batch: list[NewSignal]) -> bool:
             f"signal {batch[0].name!r}: nothing live is at {batch[0].target!r}; it is finished, or never existed"
         )
     return stored[0]
-
-
-def _usable(connection: Any, kind: type[Any]) -> None:
-    if not isinstance(connection, kind):
-        raise ConnectionUsageError(
-            f"connection= must be a {kind.__module__}.{kind.__name__}, got {type(connection).__name__}"
-        )
-    if connection.closed:
-        raise ConnectionUsageError("connection= is closed")
-    if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
-        raise ConnectionUsageError("connection= is in a failed transaction; roll it back first")
-    if connection.info.encoding != "utf-8":
-        raise ConnectionUsageError(
-            f"connection= has client_encoding {connection.info.encoding}; open it with client_encoding='utf8'"
-        )

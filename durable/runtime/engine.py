@@ -30,18 +30,16 @@ from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
 from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
+from durable.runtime.pacing import Pacing
 from durable.runtime.picker import Picker
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
-from durable.runtime.slot import SHORT_STEP, Slot
+from durable.runtime.slot import Slot
 from durable.storage import claims, signals, workers
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import describe
 
 log = logging.getLogger(__name__)
 
-BUFFERED_WORK = 0.03
-"""Seconds of expected work that the buffer holds at most, when prefetch is auto."""
-MAX_PREFETCH = 400
 BEHIND_A_LONG_STEP = 0.05
 """Seconds a step may run before the rows buffered behind it are given back."""
 PROBER_PATIENCE = 5.0
@@ -88,6 +86,7 @@ class Engine:
         self.outbox = Outbox(bell.ring)
         executor = Executor(app, app.definitions, app.codec, app.conf.max_attempts)
         self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns)
+        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox)
         self._held: dict[int, int] = {}
         self._worker = 0
         self._more = True
@@ -161,17 +160,8 @@ class Engine:
     # Commit
 
     def _flush_if_due(self) -> None:
-        while self._flush_is_due():
+        while self._pacing.flush_is_due():
             self._flush(self.outbox.take(self._app.conf.flush_batch))
-
-    def _flush_is_due(self) -> bool:
-        """A full set of waiting outcomes goes at once; fewer wait for more only while the slot makes more."""
-        waiting = len(self.outbox)
-        if not waiting:
-            return False
-        if waiting >= self._app.conf.flush_batch or self.buffer.slot_waits or self.outbox.slot_waits:
-            return True
-        return time.monotonic() - self.outbox.oldest_at >= self._app.conf.flush_delay
 
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
@@ -235,9 +225,9 @@ class Engine:
                 self.slot.mean_step = max(self.slot.mean_step or 0.0, ran)
                 self._release(self.buffer.take_back())
                 return
-        mean = self.slot.mean_step
-        if mean is not None and waiting > 1 and waiting * mean > 4 * BUFFERED_WORK:
-            self._release(self.buffer.take_back(keep=max(1, self._target())))
+        keep = self._pacing.excess()
+        if keep is not None:
+            self._release(self.buffer.take_back(keep=keep))
 
     def _release(self, rows: Sequence[Claimed], reason: str | None = None) -> None:
         if not rows:
@@ -250,27 +240,8 @@ class Engine:
 
     # Claim
 
-    def _target(self) -> int:
-        """How many rows the buffer should hold."""
-        if self._app.conf.prefetch is not None:
-            return self._app.conf.prefetch
-        mean = self.slot.mean_step
-        if mean is None:
-            return 1
-        return min(MAX_PREFETCH, int(BUFFERED_WORK / max(mean, 1e-6)))
-
     def _demand(self) -> int:
-        """How many rows to claim now; 0 for none."""
-        target, waiting = self._target(), len(self.buffer)
-        if self.buffer.slot_waits and not waiting:
-            return max(1, target)
-        if self._suspect or self._alone:
-            return 0  # let the buffer run dry: a suspect is claimed alone
-        if (self.slot.mean_step or 0.0) >= SHORT_STEP and self._app.conf.prefetch is None:
-            return 0
-        room = target - waiting
-        least = self._app.conf.min_demand or max(1, target // 2)
-        return room if room >= least else 0
+        return self._pacing.demand(buffering=not (self._suspect or self._alone))
 
     def _claim_if_wanted(self) -> None:
         demand = self._demand()
@@ -400,7 +371,7 @@ class Engine:
             return
         self.outbox.wake_at = self._app.conf.flush_batch if pending else 1
         # An outcome that came before wake_at was set rang nobody.
-        if len(self.outbox) == pending and not self._flush_is_due():
+        if len(self.outbox) == pending and not self._pacing.flush_is_due():
             self._poll.poll(None if until == math.inf else max(0.0, (until - now) * 1000))
         self.outbox.wake_at = math.inf
 
