@@ -60,7 +60,7 @@ class Session:
         """Rows of a query in which {schema} stands for the schema."""
         cursor = psycopg.Cursor(self.connection, row_factory=dict_row)
         cursor.execute(self.sql.render(query).encode(), parameters)
-        return cursor.fetchall() if cursor.description else []
+        return cursor.fetchall() if cursor.description is not None else []
 
     def claim(
         self, worker: int, limit: int = 100, queue: str = "default", unknown: Sequence[str] = ()
