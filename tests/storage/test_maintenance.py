@@ -15,7 +15,10 @@ from durable.instance import LIVE
 from durable.runtime.gc import collect
 from durable.runtime.link import Link
 from durable.storage import maintenance, partitions
+from tests import fix_db
 from tests.fix_rows import Rows, Session, done
+
+schema = fix_db.schema  # one of its own for each test, since these change it
 
 # Promotion
 
