@@ -61,7 +61,8 @@ class Durable(Registry):
         self.database = dsn_module.Database(dsn)
         self.sql = Statements(self.schema)
         super().__init__(self._encode, self._submit, self._asubmit)
-        self._embedded_migrated = False
+        self.embedded_schema_made = False
+        """Whether the embedded server is known to have the schema; a command sets it before it forks."""
         self._watchers: dict[int, Watcher] = {}
 
     # Producing
@@ -289,8 +290,8 @@ class Durable(Registry):
     def dsn(self) -> str:
         """Return the DSN; an embedded server is started or joined, and its schema made, when there is none."""
         dsn = self.database.dsn()
-        if self.database.embedded and not self._embedded_migrated:
-            self._embedded_migrated = True
+        if self.database.embedded and not self.embedded_schema_made:
+            self.embedded_schema_made = True
             with psycopg.connect(dsn, autocommit=True) as connection:
                 migrations.migrate(connection, self.schema)
         return dsn

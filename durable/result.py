@@ -128,7 +128,7 @@ class AsyncResult(Generic[R]):
         """
         _check_wait(allow_in_step)
         seconds = validation.timeout(timeout)
-        if self._final is None and time.monotonic() - self._made_at > PROBABLY_FINISHED:
+        if self._final is None and (seconds == 0 or time.monotonic() - self._made_at > PROBABLY_FINISHED):
             self._snapshot()
         if self._final is None:
             waiter = self._source.wait_for(self.id)
@@ -140,10 +140,11 @@ class AsyncResult(Generic[R]):
                 self._source.stop_waiting(self.id, waiter)
         return self._outcome(propagate)
 
-    async def aget(self, timeout: float | None = None, propagate: bool = True) -> R:
+    async def aget(self, timeout: float | None = None, propagate: bool = True, *, allow_in_step: bool = False) -> R:
         """`get` for coroutines."""
+        _check_wait(allow_in_step)
         seconds = validation.timeout(timeout)
-        if self._final is None and time.monotonic() - self._made_at > PROBABLY_FINISHED:
+        if self._final is None and (seconds == 0 or time.monotonic() - self._made_at > PROBABLY_FINISHED):
             await self.astatus()
         if self._final is None:
             waiter = self._source.wait_for(self.id)

@@ -47,6 +47,7 @@ def look(app: Durable) -> Found:
     told: dict[str, Any] = json.loads(answer)
     if "error" in told:
         raise CommandError(told["error"], CONFIG)
+    app.embedded_schema_made = True  # so that not each forked process makes sure of it again
     return Found(inspection.ServerFacts(*told["server"]), told["remark"])
 
 

@@ -92,7 +92,7 @@ class Command:
 
 @pytest.fixture
 def durable_worker(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Start `durable` commands (`durable_worker("worker", "-c", "2")`) in the test's folder; all are stopped at its end."""
+    """Start `durable` commands (`durable_worker("worker", "-c", "2")`) in the test's folder; stopped at its end."""
     commands: list[Command] = []
 
     def start(*arguments: str, folder: Path = tmp_path, wait: bool = True, **environment: str) -> Command:

@@ -83,6 +83,7 @@ class Agent:
         now = time.monotonic()
         self._heartbeat_at = now
         self._probe_at = now
+        self._look_again_at = now
         self._reap_at = now + conf.reconcile_interval
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
 
@@ -258,7 +259,8 @@ class Agent:
                 self._hint_busy(name)
             self._ring(name, count, flags)
         if queues:
-            self._probe_at = min(self._probe_at, time.monotonic() + LOOK_AGAIN)
+            self._look_again_at = time.monotonic() + LOOK_AGAIN
+            self._probe_at = min(self._probe_at, self._look_again_at)
 
     def _hint_busy(self, queue: str) -> None:
         for index, name in enumerate(self._queues):
@@ -313,7 +315,11 @@ class Agent:
     def _probe(self) -> None:
         idle = {queue: len(self._idle(queue)) for queue in dict.fromkeys(self._queues)}
         probe = self._link.run(maintenance.probe(idle, self._known))
-        self._probe_at = time.monotonic() + self._app.conf.poll_interval
+        now = time.monotonic()
+        self._probe_at = now + self._app.conf.poll_interval
+        if self._look_again_at > now:
+            # A notification came after the one this look was for: those saved behind it are not in sight yet.
+            self._probe_at = min(self._probe_at, self._look_again_at)
         for queue, waiting in probe.waiting.items():
             if waiting:
                 self._ring(queue, waiting, RESCAN)

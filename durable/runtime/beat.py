@@ -49,7 +49,7 @@ class Beat:
         self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen")
         self._worker = 0
         now = time.monotonic()
-        self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = now
+        self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = self._look_again_at = now
 
     def run(self) -> int:
         """Beat until SIGTERM or SIGINT; return the exit code."""
@@ -119,7 +119,11 @@ class Beat:
                     self._link.run(operation)
         wait = self._link.run(maintenance.next_due())
         wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
-        self._promote_at = time.monotonic() + wait
+        now = time.monotonic()
+        self._promote_at = now + wait
+        if self._look_again_at > now:
+            # A notification came after the one this look was for: those saved behind it are not in sight yet.
+            self._promote_at = min(self._promote_at, self._look_again_at)
 
     def _sleep(self, until: float) -> None:
         if self._stopping:
@@ -135,7 +139,8 @@ class Beat:
             now = time.monotonic()
             wait = self._link.run(maintenance.next_due())
             soon = now + (LOOK_AT_LEAST_EVERY if wait is None else max(wait, 0.0))
-            self._promote_at = min(self._promote_at, soon, now + LOOK_AGAIN)
+            self._look_again_at = now + LOOK_AGAIN
+            self._promote_at = min(self._promote_at, soon, self._look_again_at)
         self._bell.silence()
 
     def _pause(self, seconds: float) -> bool:

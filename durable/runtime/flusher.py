@@ -47,18 +47,23 @@ class Flusher:
         """
         backoff = Backoff(first=0.02, most=2.0)
         submitted_before = False
+        no_partition = False
         told = False
         while True:
             try:
+                if no_partition:
+                    made = partitions.ensure(self._link.connection, self._link.sql)
+                    log.warning("the history had no partition for today; made %d", made)
+                    no_partition = False
                 flushed = claims.flush(self._link.connection, self._link.sql, worker, batch)
                 if submitted_before and len(flushed.committed) < len(batch):
                     flushed.committed |= self._link.run(claims.resolve(batch))
                 return flushed
             except pg_errors.CheckViolation as error:
-                if "no partition" not in str(error):
+                # A missing partition is such a violation too, without a constraint; its text depends on the locale.
+                if error.diag.constraint_name is not None:
                     return self._halve(worker, batch, error)
-                made = partitions.ensure(self._link.connection, self._link.sql)
-                log.warning("the history had no partition for today; made %d", made)
+                no_partition = True
             except _OUTCOME_ERRORS as error:
                 return self._halve(worker, batch, error)
             except psycopg.Error as error:
@@ -72,7 +77,11 @@ class Flusher:
     def _halve(self, worker: int, batch: Sequence[Commit], error: psycopg.Error) -> Flushed:
         if len(batch) > 1:
             middle = len(batch) // 2
-            flushed = self.flush(worker, batch[:middle])
+            try:
+                flushed = self.flush(worker, batch[:middle])
+            except _OUTCOME_ERRORS:
+                self.flush(worker, batch[middle:])
+                raise
             flushed.add(self.flush(worker, batch[middle:]))
             return flushed
         (commit,) = batch

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import psycopg
 
 from durable.app import Durable
+from durable.dsn import check
 from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
 from durable.sql import quote_identifier
@@ -30,6 +31,7 @@ def listening_dsn(app: Durable) -> Callable[[], str] | None:
     """Return what gives a DSN to LISTEN on; None behind a transaction pooler, where only polling is left."""
     dsn = app.conf.listen_dsn
     if dsn is not None:
+        dsn = check(dsn, "listen_dsn")
         return lambda: dsn
     return None if app.conf.pooler else app.dsn
 

@@ -5,6 +5,13 @@
 -- flush and a cascading cancel cannot deadlock. Params: ids bigint[].
 SELECT id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE;
 
+-- name: lock_parents
+-- The same for ends outside of a flush: lock the parents that these rows report to, before the rows themselves.
+-- Params: ids bigint[].
+SELECT id FROM {schema}.instances
+WHERE id IN (SELECT parent_id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND parent_id IS NOT NULL)
+ORDER BY id FOR NO KEY UPDATE;
+
 -- name: raise_barrier
 -- Set how many children a parent waits for, in the transaction that inserted them; none: it goes on at once.
 -- Params: ids bigint[], counts int[]. Rows: id, queue, status.

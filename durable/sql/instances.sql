@@ -148,10 +148,11 @@ SELECT id, queue FROM kept UNION ALL SELECT id, queue FROM back;
 
 -- name: archive
 -- Move the finished ones among these rows to history, unless they keep a correlation key reserved.
--- Runs in the transaction that finished them. Params: ids bigint[].
+-- Runs in the transaction that finished them. The condition is not on finished_at: its index holds every kept row.
+-- Params: ids bigint[].
 WITH gone AS (
     DELETE FROM {schema}.instances
-    WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL
+    WHERE id = ANY (%(ids)s::bigint[]) AND status IN ('done', 'failed', 'cancelled')
       AND (correlation_scope IS NULL OR status <> ALL (correlation_scope))
     RETURNING *
 )

@@ -78,7 +78,7 @@ SET status = 'runnable', eligible_at = clock_timestamp(), deadline = NULL
 WHERE i.id = ANY (%(ids)s::bigint[]) AND i.status = 'awaiting_signal'
   AND EXISTS (SELECT FROM {schema}.signals AS s
               WHERE s.target_id = i.id AND NOT s.consumed AND s.name = ANY (i.awaits)
-                AND s.id <> ALL (coalesce(i.shown, '{}')))
+                AND s.id <> ALL (coalesce(i.shown, ARRAY[]::bigint[])))
 RETURNING i.id;
 
 -- name: clear_inboxes

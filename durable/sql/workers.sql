@@ -53,6 +53,7 @@ WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
 -- name: reclaim
 -- Take back every row of a dead worker. Rows that it had entered count a crash; at `max_crashes` they fail.
 -- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
+-- It waits for no lock, so it needs no order; asked for one, the planner would walk the primary key of every row.
 -- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
 --         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed.
 WITH taken AS MATERIALIZED (
@@ -61,7 +62,6 @@ WITH taken AS MATERIALIZED (
     LEFT JOIN unnest(%(entered_ids)s::bigint[], %(entered_tokens)s::int[]) AS e (id, token)
            ON e.id = i.id AND e.token = i.token
     WHERE i.worker_id = %(worker)s AND i.status = 'executing'
-    ORDER BY i.id
     FOR NO KEY UPDATE OF i SKIP LOCKED
 ), judged AS MATERIALIZED (
     SELECT t.row, t.crashed, i.cancel_requested AS cancelled,

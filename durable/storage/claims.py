@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 from durable.instance import TERMINAL, Claimed, NewInstance, Payload
 from durable.sql import Statements
 from durable.storage.arrays import ByteaArray, Float8Array, Int4Array, Int8Array, TextArray
-from durable.storage.instances import end, insert_many, lower_barriers
+from durable.storage.instances import end, insert_many, lock_parents, lower_barriers
 from durable.storage.session import Connection, Operation, run, run_atomically
 
 
@@ -129,6 +129,7 @@ def held(worker: int) -> Operation[dict[int, int]]:
 def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None = None) -> Operation[dict[str, int]]:
     """Give back (id, token) pairs unchanged; return how many became runnable per queue. Needs a transaction."""
     ordered = sorted(claims)
+    yield from lock_parents([claim[0] for claim in ordered])
     rows = yield (
         "release",
         {
@@ -148,6 +149,7 @@ def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None =
 def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str, int]]:
     """End claims whose `expires` passed before they started; return woken parents per queue. Needs a transaction."""
     ordered = sorted(claims)
+    yield from lock_parents([claim[0] for claim in ordered])
     rows = yield (
         "expire",
         {

@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from durable.storage import instances
-from durable.storage.arrays import Int8Array
 from durable.storage.session import Operation
 
 
@@ -182,7 +181,5 @@ def purge(queue: str | None) -> Operation[int]:
     """
     rows = yield "purge", {"queue": queue}
     yield from instances.lower_barriers(Counter(row[1] for row in rows if row[1] is not None))
-    inboxes = [row[0] for row in rows if row[2]]
-    if inboxes:
-        yield "clear_inboxes", {"ids": Int8Array(inboxes)}
+    yield from instances.clear_inboxes([row[0] for row in rows if row[2]])
     return len(rows)

@@ -154,11 +154,20 @@ def end(ids: Sequence[int]) -> Operation[dict[str, int]]:
     rows = yield "ended_families", {"ids": Int8Array(sorted(ids))}
     counts = Counter(row[1] for row in rows if row[1] is not None)
     woken = yield from lower_barriers(counts)
-    inboxes = [row[0] for row in rows if row[2]]
-    if inboxes:
-        yield "clear_inboxes", {"ids": Int8Array(inboxes)}
+    yield from clear_inboxes([row[0] for row in rows if row[2]])
     yield "archive", {"ids": Int8Array(sorted(ids))}
     return woken
+
+
+def clear_inboxes(ids: Sequence[int]) -> Operation[None]:
+    """Forget every signal of finished instances."""
+    if ids:
+        yield "clear_inboxes", {"ids": Int8Array(sorted(ids))}
+
+
+def lock_parents(ids: Sequence[int]) -> Operation[None]:
+    """Before rows are locked that may end: lock whom they report to, in the order of a flush and of a cascade."""
+    yield "lock_parents", {"ids": Int8Array(sorted(ids))}
 
 
 def lower_barriers(ended: Mapping[int, int]) -> Operation[dict[str, int]]:

@@ -9,7 +9,8 @@ from datetime import datetime
 from psycopg.types.json import Jsonb
 
 from durable.storage.arrays import Int4Array, Int8Array
-from durable.storage.instances import end
+from durable.storage.claims import held
+from durable.storage.instances import end, lock_parents
 from durable.storage.session import Operation
 
 
@@ -92,6 +93,9 @@ def reclaim(
     cause    how the process died, for those that fail with WorkerLost
     """
     pairs = entered or ()
+    rows_held = yield from held(worker)
+    if rows_held:
+        yield from lock_parents(list(rows_held))
     rows = yield (
         "reclaim",
         {

@@ -457,6 +457,36 @@ def test_a_cancel_of_a_child_and_a_cascade_from_its_parent_do_not_deadlock(rows:
     assert rows.fetch("SELECT count(*) AS n FROM {schema}.history WHERE status = 'cancelled'") == [{"n": 3}]
 
 
+@pytest.mark.parametrize("how", ["reclaim", "expire", "release"])
+@pytest.mark.parametrize("against", ["a cascade", "signals to both"])
+def test_an_end_outside_of_a_flush_does_not_deadlock_with_what_locks_parent_and_child(
+    rows: Rows, how: str, against: str
+) -> None:
+    """Children and parents are locked in one order by everybody."""
+    worker, other = rows.worker(), rows.other()
+    parent, children = family(rows, worker)
+    pairs = [(row.id, row.token) for row in children]
+    if how == "release":
+        for row in children:
+            rows.cancel(row.id)
+    end: Operation[Any] = {
+        "reclaim": lambda: workers.reclaim(worker, pairs, 1, "it died"),
+        "expire": lambda: claims.expire(worker, pairs),
+        "release": lambda: claims.release(worker, pairs),
+    }[how]()
+    held = Held(rows, end).until("ended_families")
+    second: Operation[Any] = (
+        instances.cancel(parent, "enough", True) if against == "a cascade" else delivering(parent, children[0].id)
+    )
+    waiting = rows.background(lambda: other.atomically(second))
+    wait_blocked(rows.other(), other, waiting)
+    held.commit()
+    waiting.result(10)
+    row = rows.live(parent) or rows.history(parent)
+    assert row is not None
+    assert row["status"] == ("cancelled" if against == "a cascade" else "runnable")
+
+
 def test_two_children_cancelled_at_once_wake_their_parent_once(rows: Rows) -> None:
     worker, other = rows.worker(), rows.other()
     parent, children = family(rows, worker)

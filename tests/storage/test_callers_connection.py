@@ -147,7 +147,7 @@ def test_a_pool_that_is_used_up_says_so_and_names_the_settings(database: str, sc
 def test_connections_cut_while_idle_are_replaced_unnoticed(app: Durable, task: Task[..., Any], rows: Rows) -> None:
     task.delay()
     rows.fetch(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'durable test' "
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'durable test' "
         "AND datname = current_database()"
     )
     for _ in range(5):

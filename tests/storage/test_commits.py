@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from durable.instance import LIVE, Claimed, Payload
-from durable.storage import claims
+from durable.storage import claims, partitions
 from durable.storage.claims import Commit
 from tests.fix_rows import DONE, Rows, done
 
@@ -244,6 +244,8 @@ def test_a_missing_partition_is_an_error_and_nothing_is_lost(rows: Rows) -> None
     with pytest.raises(psycopg.errors.CheckViolation):
         rows.flush(worker, done(claimed))
     assert rows.status(claimed.id) == "executing"
+    assert partitions.ensure(rows.connection, rows.sql) == 16
+    assert rows.flush(worker, done(claimed)) == {claimed.id}
 
 
 # The cost

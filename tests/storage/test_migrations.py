@@ -16,8 +16,10 @@ from durable import Durable
 from durable.errors import SchemaError
 from durable.sql import Statements
 from durable.storage import migrations, partitions
+from tests import fix_db
 
 Connection = psycopg.Connection[Any]
+schema = fix_db.schema  # one of its own for each test, since these change it
 
 
 @pytest.fixture

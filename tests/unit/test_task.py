@@ -279,7 +279,7 @@ def test_times_that_make_no_sense_are_refused(app: Durable, options: dict[str, A
         ({"expires": 7201, "schedule_at": SOON}, {"expires_in": 7201.0, "at": SOON}),
         ({"expires": 60, "schedule_in": 59}, {"expires_in": 60.0, "delay": 59.0}),
     ],
-    ids=str,
+    ids=[str(n) for n in range(7)],
 )
 def test_times_reach_the_row(app: Durable, options: dict[str, Any], expected: dict[str, Any]) -> None:
     new = app.task(send).new(("a",), **options)
