@@ -10,6 +10,12 @@ from durable import Context, Done, Durable, Machine, step
 from durable.errors import DefinitionError, UnknownTaskError, ValidationError
 
 
+@pytest.fixture
+def app() -> Durable:
+    """An app without a database: definitions need none."""
+    return Durable("test", dsn="postgresql://127.0.0.1:1/nowhere")
+
+
 class Right(Machine):
     @step(initial=True)
     def start(self, ctx: Context) -> Any:

@@ -324,29 +324,57 @@ MALFORMED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_outcome_is_an_error_of_the_step(app: Durable, driver: Driver, case: str) -> None:
-    errors: list[BaseException] = []
+def test_a_malformed_outcome_is_an_error_of_the_step(app: Durable, driver: Driver) -> None:
+    errors: dict[str, list[str]] = {case: [] for case in MALFORMED}
 
-    def handle(self: Any, error: BaseException, ctx: Any) -> Any:
-        errors.append(error)
-        return Next(self.rescue)
+    @app.machine(name="rescued")
+    class Rescued(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return MALFORMED[ctx.state["case"]]()
 
-    result = failing(app, MALFORMED[case], handle).delay()
+        @step
+        def rescue(self, ctx: Context) -> Any:
+            return Done(ctx.state["case"])
+
+        def handle(self, error: BaseException, ctx: Context) -> Any:
+            errors[ctx.state["case"]].append(type(error).__name__)
+            return Next(self.rescue)
+
+    results = {case: Rescued.delay(case=case) for case in MALFORMED}
     driver.drain()
-    assert len(errors) == 1
-    assert result.get(timeout=5) == {"rescued": {"n": 1}}
-    assert driver.steps(result.id) == ["start", "bad", "rescue"]
+    assert {case: result.get(timeout=5) for case, result in results.items()} == {case: case for case in MALFORMED}
+    assert {case: len(seen) for case, seen in errors.items()} == dict.fromkeys(MALFORMED, 1)
+    assert {name for seen in errors.values() for name in seen} <= {
+        "OutcomeError",
+        "PayloadError",
+        "PayloadTooLargeError",
+        "TypeError",
+        "ValidationError",
+    }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_outcome_ends_the_instance_at_once_when_nobody_handles_it(
-    app: Durable, driver: Driver, case: str
-) -> None:
-    result = failing(app, MALFORMED[case]).delay()
+def test_a_malformed_outcome_ends_the_instance_at_once_when_nobody_handles_it(app: Durable, driver: Driver) -> None:
+    cases = list(MALFORMED)
+
+    @app.machine(name="failing")
+    class Failing(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return Next(self.bad)
+
+        @step
+        def bad(self, ctx: Context) -> Any:
+            return MALFORMED[ctx.state["case"]]()
+
+        @step
+        def rescue(self, ctx: Context) -> Any:
+            return Done()
+
+    results = {case: Failing.delay(case=case) for case in cases}
     driver.drain()
-    assert result.status == "failed"
-    assert driver.steps(result.id) == ["start", "bad"]
+    assert {case: result.status for case, result in results.items()} == dict.fromkeys(cases, "failed")
+    assert {case: driver.steps(result.id) for case, result in results.items()} == {c: ["start", "bad"] for c in cases}
 
 
 def test_a_handler_that_returns_nonsense_ends_the_instance(app: Durable, driver: Driver) -> None:
