@@ -18,22 +18,18 @@ from durable import dsn as dsn_module
 from durable import validation
 from durable.batch import Batch, collecting
 from durable.config import Config
-from durable.context import Child
-from durable.errors import (
-    DuplicateError,
-    NoTargetError,
-    UnknownTaskError,
-    ValidationError,
-)
+from durable.context import Child, child_of
+from durable.errors import DuplicateError, UnknownTaskError, ValidationError
 from durable.instance import NewInstance, NewSignal, Payload, Snapshot
 from durable.machine import Machine, MachineDefinition, definition_of
+from durable.messages import accepted, new_signal, new_signals
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
 from durable.sql import Statements
 from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, Row, arun, run
+from durable.storage.session import Operation, arun, run
 from durable.task import Task
 from durable.wakeups import Wakeups
 from durable.writer import Write, Writer
@@ -146,9 +142,9 @@ class Durable(Registry):
         Returns True, or False for a redelivery: its `dedup_key` was delivered to that instance before.
         Raises NoTargetError when nothing live is there, PayloadError, ValidationError; nothing is written then.
         """
-        batch = [self._new_signal(target, name, payload, dedup_key)]
+        batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
         delivery = self._writer.write(self._delivery(batch), connection, notify_in_transaction)
-        return _one(delivery.stored, batch)
+        return accepted(delivery.stored, batch)
 
     async def asignal(
         self,
@@ -161,9 +157,9 @@ class Durable(Registry):
         notify_in_transaction: bool = True,
     ) -> bool:
         """`signal` for coroutines."""
-        batch = [self._new_signal(target, name, payload, dedup_key)]
+        batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
         write = self._delivery(batch)
-        return _one((await self._writer.awrite(write, connection, notify_in_transaction)).stored, batch)
+        return accepted((await self._writer.awrite(write, connection, notify_in_transaction)).stored, batch)
 
     def signal_many(
         self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
@@ -172,14 +168,14 @@ class Durable(Registry):
 
         Returns for each True (new), False (a duplicate of its dedup key) or None (nothing live there).
         """
-        write = self._delivery(self._new_signals(messages))
+        write = self._delivery(new_signals(self.codec.encode, messages))
         return self._writer.write(write, connection, notify_in_transaction).stored
 
     async def asignal_many(
         self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
     ) -> list[bool | None]:
         """`signal_many` for coroutines."""
-        write = self._delivery(self._new_signals(messages))
+        write = self._delivery(new_signals(self.codec.encode, messages))
         return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
     def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
@@ -256,19 +252,7 @@ class Durable(Registry):
     ) -> list[Child]:
         """Return a page of an instance's children with ids above `after`, of one round or (None) of all."""
         rows = self.run(instances.children(instance_id, children_round, after, limit))
-        return [self._child(row) for row in rows]
-
-    def _child(self, row: Row) -> Child:
-        child_id, machine, status, state_type, state, result_type, result, error = row
-        decode = self.codec.decode
-        return Child(
-            child_id,
-            machine,
-            status,
-            decode(state_type, state, f"state of instance {child_id}"),
-            None if result_type is None else decode(result_type, result, f"result of instance {child_id}"),
-            error,
-        )
+        return [child_of(row, self.codec.decode) for row in rows]
 
     # Within
 
@@ -348,32 +332,6 @@ class Durable(Registry):
                 raise ValidationError(f"insert_many, entry {index}: {error}") from error
         return prepared
 
-    def _new_signal(self, target: Any, name: Any, payload: Any, dedup_key: Any) -> NewSignal:
-        if isinstance(target, str):
-            target = validation.text(target, "correlation_key")
-        else:
-            target = validation.instance_id(target)
-        validation.text(name, "a signal's name")
-        if dedup_key is not None:
-            validation.text(dedup_key, "dedup_key")
-        return NewSignal(target, name, self.codec.encode(payload, "payload"), dedup_key)
-
-    def _new_signals(self, messages: Iterable[Mapping[str, Any]]) -> list[NewSignal]:
-        prepared = []
-        for index, message in enumerate(messages):
-            try:
-                unknown = set(message) - {"target", "name", "payload", "dedup_key"}
-                if unknown:
-                    raise ValidationError(f"unknown field {sorted(unknown)[0]!r}")
-                prepared.append(
-                    self._new_signal(
-                        message["target"], message["name"], message.get("payload"), message.get("dedup_key")
-                    )
-                )
-            except (ValidationError, KeyError, TypeError) as error:
-                raise ValidationError(f"signal_many, entry {index}: {error}") from error
-        return prepared
-
     def _delivery(self, batch: list[NewSignal]) -> Write[signals.Delivery]:
         return Write(
             signals.deliver(batch),
@@ -436,11 +394,3 @@ class Durable(Registry):
 def _cancel_key(key: str, reason: str, cascade: bool) -> Operation[tuple[bool, dict[str, int]]]:
     instance_id = yield from instances.occupant(key)
     return (False, {}) if instance_id is None else (yield from instances.cancel(instance_id, reason, cascade))
-
-
-def _one(stored: list[bool | None], batch: list[NewSignal]) -> bool:
-    if stored[0] is None:
-        raise NoTargetError(
-            f"signal {batch[0].name!r}: nothing live is at {batch[0].target!r}; it is finished, or never existed"
-        )
-    return stored[0]

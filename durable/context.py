@@ -60,6 +60,19 @@ class Child:
     error: dict[str, Any] | None
 
 
+def child_of(row: Sequence[Any], decode: Callable[[str, bytes, str], Any]) -> Child:
+    """Return a child from its row as `children` reads it. Raises CorruptRowError for a payload not accepted."""
+    child_id, machine, status, state_type, state, result_type, result, error = row
+    return Child(
+        child_id,
+        machine,
+        status,
+        decode(state_type, state, f"state of instance {child_id}"),
+        None if result_type is None else decode(result_type, result, f"result of instance {child_id}"),
+        error,
+    )
+
+
 class Children(Sequence[Child]):
     """Children by id. Iterating reads them in pages; `len` and indexing read them all, once."""
 

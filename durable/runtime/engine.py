@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import psycopg
 
 from durable.app import Durable
-from durable.instance import Claimed, Payload
+from durable.instance import Claimed
 from durable.runtime import identity
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
@@ -34,6 +34,7 @@ from durable.runtime.pacing import Pacing
 from durable.runtime.picker import Picker
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
 from durable.runtime.slot import Slot
+from durable.runtime.waiting import Waiting
 from durable.storage import claims, signals, workers
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import describe
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 
 BEHIND_A_LONG_STEP = 0.05
 """Seconds a step may run before the rows buffered behind it are given back."""
-PROBER_PATIENCE = 5.0
 LATE_CLAIM = 60.0
 """Seconds after an error during which a claim that we gave up on may still commit on the server."""
 
@@ -66,21 +66,21 @@ class Engine:
         self._app = app
         self._queue = queue
         self._name = name
-        self._seats = seats
         self._seat = seat
         self._bell = bell
         self._stop_asked = stop_asked
         self._poll = select.poll()
         self._poll.register(bell.reader, select.POLLIN)
+        self._waiting = Waiting(seats, bell, stop_asked)
         self._link = Link(
             app.dsn,
             app.sql,
             f"durable {app.name} worker {queue} {os.getpid()}",
             pooler=app.conf.pooler,
             most_wait=app.conf.max_poll_interval,
-            pause=self._pause,
+            pause=self._waiting.pause,
         )
-        self._flusher = Flusher(self._link, self._pause)
+        self._flusher = Flusher(self._link, self._waiting.pause)
         self._picker = Picker(self._link, queue)
         self.buffer = Buffer(bell.ring)
         self.outbox = Outbox(bell.ring)
@@ -196,21 +196,7 @@ class Engine:
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
-        rows = []
-        for hop in hops:
-            state = hop.state or Payload(hop.claimed.state_type, hop.claimed.state)
-            row = hop.claimed._replace(
-                version=hop.claimed.version + 1,
-                step=hop.step or hop.claimed.step,
-                attempt=0,
-                crashes=0,
-                state_type=state.type,
-                state=state.body,
-                inbox=hop.claimed.id in flushed.inboxes,
-                awaits=None,
-                signals=(),
-            )
-            rows.append(row)
+        rows = [hop.next_claim(hop.claimed.id in flushed.inboxes) for hop in hops]
         self.buffer.put_first(self._with_inboxes(rows))
 
     # Give back
@@ -344,7 +330,7 @@ class Engine:
         """A statement outside of a flush failed: whatever it was about is looked up again, on a new connection."""
         if not self._link.broken(error):
             log.warning("%s: a statement failed, trying on: %s", self._name, describe(error))
-            self._pause(0.5)
+            self._waiting.pause(0.5)
         self._picker.rescan()
         self._more = True
         self._reconcile_at = 0.0
@@ -374,25 +360,6 @@ class Engine:
         if len(self.outbox) == pending and not self._pacing.flush_is_due():
             self._poll.poll(None if until == math.inf else max(0.0, (until - now) * 1000))
         self.outbox.wake_at = math.inf
-
-    def _pause(self, seconds: float) -> bool:
-        """Wait while the database is away; return whether the process must be gone.
-
-        After the random wait, the agent's word that it is back is waited for: one prober per command.
-        """
-        now = time.monotonic()
-        patience = now + PROBER_PATIENCE
-        until = now + seconds
-        while True:
-            stop = self._stop_asked()
-            now = time.monotonic()
-            if stop is not None and now >= stop:
-                return True
-            if now >= until and (self._seats.database_up or now >= patience):
-                return False
-            wait = min(0.2, max(0.001, until - now)) if now < until else 0.05
-            self._poll.poll(wait * 1000)
-            self._bell.silence()
 
     # Shutdown
 
@@ -426,5 +393,5 @@ class Engine:
             except psycopg.Error as error:
                 self._link.broken(error)
                 log.warning("%s: %s; trying on", self._name, describe(error))
-                if self._pause(0.1):
+                if self._waiting.pause(0.1):
                     raise Stopped from error

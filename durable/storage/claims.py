@@ -64,6 +64,21 @@ class Commit:
         """Whether the row may stay in the live table."""
         return self.claimed.keeps_key or self.kind != "end"
 
+    def next_claim(self, inbox: bool) -> Claimed:
+        """For an inline hop that was committed: the claim as it goes on, the inbox yet to be loaded."""
+        state = self.state or Payload(self.claimed.state_type, self.claimed.state)
+        return self.claimed._replace(
+            version=self.claimed.version + 1,
+            step=self.step or self.claimed.step,
+            attempt=0,
+            crashes=0,
+            state_type=state.type,
+            state=state.body,
+            inbox=inbox,
+            awaits=None,
+            signals=(),
+        )
+
 
 @dataclass(slots=True)
 class Flushed:

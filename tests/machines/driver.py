@@ -45,7 +45,7 @@ class Driver:
         self._bell = Bell()
         self.stop_at: float | None = None
         self.engine = Engine(app, queue, "driver", self._seats, self._seats.seat(0), self._bell, lambda: self.stop_at)
-        self._flusher = self.engine._flusher = _NotingFlusher(self.engine._link, self.engine._pause)
+        self._flusher = self.engine._flusher = _NotingFlusher(self.engine._link, self.engine._waiting.pause)
         self.engine._register()
         self.trace: list[tuple[int, str, str]] = []
         """(id, step, kind of outcome) of every commit, in order."""

@@ -11,8 +11,8 @@ from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 
 from durable import Durable
-from durable.instance import Claimed
-from durable.storage import claims, instances, maintenance, partitions, workers
+from durable.instance import Claimed, NewSignal
+from durable.storage import claims, instances, maintenance, partitions, signals, workers
 from durable.storage.claims import Commit
 from durable.storage.session import Operation, connect
 from tests.fix_rows import DONE, HEAD, Rows
@@ -94,6 +94,9 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
     (claims.claim(1, "q0", 100, HEAD, 32767, []), {"instances_pick", "Tid Scan"}),
     (claims.claim_suspect(1, "q0", []), {"instances_suspect", "Tid Scan"}),
     (claims.held(1), {"instances_claimed"}),
+    (instances.lower_barriers({1: 2}), {"instances_pkey"}),
+    (signals.deliver([NewSignal(1, "paid", DONE)]), {"instances_pkey"}),
+    (maintenance.time_out(1000), {"instances_deadline", "Tid Scan"}),
     (claims.release(1, PAIRS), {"instances_pkey"}),
     (claims.expire(1, PAIRS), {"instances_pkey"}),
     (claims._flush(1, [Commit(row, "done", DONE) for row in CLAIMED]), {"instances_pkey"}),
@@ -102,8 +105,11 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
     (claims.resolve([Commit(row, "done") for row in CLAIMED]), {"instances_pkey"}),
     (workers.reclaim(1, PAIRS, 3, "x"), {"instances_claimed", "Tid Scan"}),
     (maintenance.promote(1000), {"instances_due", "Tid Scan"}),
-    (maintenance.next_due(), {"instances_due"}),
-    (maintenance.probe({"q0": 2, "q1": 1}, ["task:1"]), {"instances_pick", "instances_suspect", "instances_due"}),
+    (maintenance.next_due(), {"instances_due", "instances_deadline"}),
+    (
+        maintenance.probe({"q0": 2, "q1": 1}, ["task:1"]),
+        {"instances_pick", "instances_suspect", "instances_due", "instances_deadline"},
+    ),
     (maintenance.sweep_kept(1.0), {"instances_kept", "instances_pkey"}),
 ]
 HOT_STATEMENTS = [(item if isinstance(item, tuple) else statement(item), indexes) for item, indexes in HOT]
@@ -127,7 +133,7 @@ PRODUCER: list[tuple[tuple[str, dict[str, Any]], set[str]]] = [
     (statement(instances.snapshot(1)), {"instances_pkey"}),
     (statement(instances.finished(IDS)), {"instances_pkey"}),
     (statement(instances.occupant("k")), {"instances_key"}),
-    (statement(instances.cancel(1, "x")), {"instances_pkey"}),
+    (statement(instances.cancel(1, "x")), {"instances_pkey", "instances_children"}),
 ]
 
 

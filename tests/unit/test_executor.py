@@ -25,7 +25,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.app = Durable("unit", dsn="postgresql://nobody@127.0.0.1:1/none", max_payload_bytes=100_000)
-        self.executor = Executor(self.app, self.app.tasks, self.app.codec, max_attempts=3)
+        self.executor = Executor(self.app, self.app.definitions, self.app.codec, max_attempts=3)
 
     def run(
         self, function: Callable[..., Any], *args: Any, claimed: dict[str, Any] | None = None, **options: Any

@@ -94,7 +94,7 @@ def test_lambdas_and_nested_functions_need_a_name(app: Durable) -> None:
         with pytest.raises(DefinitionError, match=r"lambda or a nested function.*name=\.\.\."):
             app.task(function)
         app.task(name="named")(function)
-        app.tasks.clear()
+        app.definitions.clear()
 
 
 @pytest.mark.parametrize("thing", ["emails", 5, functools.partial(send, "a")], ids=lambda thing: type(thing).__name__)
@@ -184,7 +184,7 @@ def test_an_unknown_name_lists_near_ones(app: Durable) -> None:
     app.task(name="shop.pay")(lambda: None)
     with pytest.raises(UnknownTaskError, match=r"no task 'shop.pya' is registered; did you mean 'shop.pay'"):
         app.insert("shop.pya")
-    with pytest.raises(ValidationError, match="a target is a task or the name of one, got 5"):
+    with pytest.raises(ValidationError, match="a target is a task, a machine or the name of one, got 5"):
         app.insert(5)  # type: ignore[arg-type]
 
 
