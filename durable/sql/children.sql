@@ -9,7 +9,7 @@ SELECT id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id
 -- The same for ends outside of a flush: lock the parents that these rows report to, before the rows themselves.
 -- Params: ids bigint[].
 SELECT id FROM {schema}.instances
-WHERE id IN (SELECT parent_id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND parent_id IS NOT NULL)
+WHERE id = ANY (ARRAY(SELECT parent_id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])))
 ORDER BY id FOR NO KEY UPDATE;
 
 -- name: raise_barrier

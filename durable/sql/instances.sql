@@ -92,15 +92,22 @@ FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NO
 WITH RECURSIVE family AS (
     SELECT id FROM {schema}.instances WHERE id = %(id)s
     UNION ALL
+    -- Lateral, so that each generation is read through the children's indexes, whatever the statistics.
     SELECT c.id
-    FROM (SELECT id, parent_id FROM {schema}.instances
-          UNION ALL
-          SELECT id, parent_id FROM {schema}.history WHERE children_round > 0) AS c
-    JOIN family AS f ON c.parent_id = f.id WHERE %(cascade)s
+    FROM family AS f
+    CROSS JOIN LATERAL (
+        SELECT i.id FROM {schema}.instances AS i WHERE i.parent_id = f.id
+        UNION ALL
+        SELECT h.id FROM {schema}.history AS h WHERE h.parent_id = f.id AND h.children_round > 0
+    ) AS c
+    WHERE %(cascade)s
+), relatives AS MATERIALIZED (
+    SELECT array_agg(id) AS mine,
+           array_agg(id) || ARRAY(SELECT parent_id FROM {schema}.instances WHERE id = %(id)s) AS theirs
+    FROM family
 ), locked AS MATERIALIZED (
-    SELECT i.id, i.id IN (SELECT id FROM family) AS mine FROM {schema}.instances AS i
-    WHERE i.id IN (SELECT id FROM family UNION ALL SELECT parent_id FROM {schema}.instances WHERE id = %(id)s)
-      AND i.finished_at IS NULL
+    SELECT i.id, i.id = ANY ((SELECT mine FROM relatives)::bigint[]) AS mine FROM {schema}.instances AS i
+    WHERE i.id = ANY ((SELECT theirs FROM relatives)::bigint[]) AND i.finished_at IS NULL
     ORDER BY i.id FOR NO KEY UPDATE
 )
 UPDATE {schema}.instances AS i
