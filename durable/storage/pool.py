@@ -7,6 +7,7 @@ opens its own at first use, so that an app imported before gunicorn forks just w
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import select
 import threading
@@ -129,11 +130,14 @@ class ProducerPool:
         await pool.open()
         return pool
 
-    def close(self) -> None:
-        """Close the sync connections of this process; using the pool again opens new ones."""
+    def close(self, timeout: float = 5.0) -> None:
+        """Close the sync connections of this process; using the pool again opens new ones.
+
+        timeout  seconds to wait for the pool's threads
+        """
         with self._lock:
             if self._sync is not None:
-                self._sync.close()
+                self._sync.close(timeout)
                 self._sync = None
 
     async def aclose(self) -> None:
@@ -167,4 +171,11 @@ def _forget_all() -> None:
         pool.forget()
 
 
+def _close_all() -> None:
+    # Threads still run now. Later, from Python 3.13 on, a pool waits 20 seconds for its own in vain.
+    for pool in list(_pools):
+        pool.close(timeout=0.5)
+
+
 os.register_at_fork(after_in_child=_forget_all)
+atexit.register(_close_all)

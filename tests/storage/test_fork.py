@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -143,3 +144,12 @@ def test_parent_and_child_both_keep_working(app: Durable, rows: Rows, database: 
     assert "Error" not in done.stderr, done.stderr
     if name == "sync":
         assert rows.fetch("SELECT count(*) AS n FROM {schema}.instances") == [{"n": 1 + 15 + 20 + 1}]
+
+
+def test_a_script_that_never_closes_its_app_ends_at_once_and_silently(app: Durable, database: str) -> None:
+    script = HEAD + "task.delay(1)\nimport time\nprint(time.time())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script, database, app.schema], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.time() - float(done.stdout) < 5
