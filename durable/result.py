@@ -263,7 +263,7 @@ class Watcher:
                 self._waiting.pop(instance_id, None)
 
     def _watch(self) -> None:
-        began = time.monotonic()
+        began = look_at = 0.0
         while True:
             with self._wake:
                 if not self._waiting:
@@ -273,15 +273,20 @@ class Watcher:
                         return
                 fresh, self._fresh = self._fresh, False
             try:
+                now = time.monotonic()
                 if fresh:
-                    began = time.monotonic()
+                    # Look again soon; but never later than was meant, however many begin to wait one after another.
+                    began = now
+                    look_at = min(look_at, now + FIRST_POLL) if look_at > now else now + FIRST_POLL
                     self._begun()
-                waited = time.monotonic() - began
-                pause = min(max(FIRST_POLL, waited / 4), LONGEST_POLL)
                 with self._wake:
-                    if self._fresh or self._wake.wait(pause):
-                        continue  # a new waiter: start again at the shortest distance
+                    if not self._fresh:
+                        self._wake.wait(max(0.0, look_at - time.monotonic()))
                     ids = list(self._waiting)
+                now = time.monotonic()
+                if now < look_at:
+                    continue
+                look_at = now + min(max(FIRST_POLL, (now - began) / 4), LONGEST_POLL)
                 self._resolve(self._finished(ids))
                 self._fail_missing()
             except DatabaseUnavailableError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from durable.instance import NewInstance
@@ -48,6 +49,11 @@ def parse(text: str) -> tuple[str, int, int | None] | None:
     return match[1], int(match[2]), None if match[3] == RESCAN else int(match[3])
 
 
+def _later(new: NewInstance) -> bool:
+    """Whether a row waits for its time; by this process's clock, which only decides whom to wake."""
+    return bool(new.delay) or (new.at is not None and new.at > datetime.now(UTC))
+
+
 class Wakeups:
     """Decides and makes the notifications of one process."""
 
@@ -67,7 +73,7 @@ class Wakeups:
         priorities: dict[str, int] = {}
         scheduled = False
         for new in batch:
-            if new.delay or new.at is not None:
+            if _later(new):
                 scheduled = True
             else:
                 counts[new.queue] = counts.get(new.queue, 0) + 1
@@ -96,7 +102,7 @@ class Wakeups:
         """Return what a caller's transaction carries: constant payloads, which Postgres sends once per transaction."""
         if not self._enabled:
             return []
-        scheduled = {bool(new.delay or new.at is not None) for new in batch}
+        scheduled = {_later(new) for new in batch}
         operations = []
         if False in scheduled:
             operations.append(self._notify(self._queue_channel, ANY_QUEUE))

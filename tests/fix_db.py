@@ -19,7 +19,13 @@ import pytest
 
 from durable.embedded import Server
 
-FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "on", "deadlock_timeout": "200ms"}
+FAST = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "on",
+    "deadlock_timeout": "200ms",
+    "autovacuum": "off",  # its transactions would be counted among an idle worker's
+}
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "the condition") -> object:

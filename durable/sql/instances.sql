@@ -19,7 +19,8 @@ RETURNING id;
 -- name: insert_many
 -- Insert a batch in key order, so that two batches with the same new keys cannot deadlock; duplicates are dropped.
 -- Params: one array per column, as in insert_one; scopes as comma separated text.
--- Rows:   id, n: the inserted ones, n counting the input from 1.
+-- Rows:   one: the ids meant for the input, in its order; those that were inserted. (A join of the two would be
+--         quadratic in a session with pinned plans.)
 WITH input AS MATERIALIZED (
     SELECT nextval('{schema}.instance_ids') AS id, u.*
     FROM (
@@ -48,7 +49,7 @@ WITH input AS MATERIALIZED (
     ON CONFLICT DO NOTHING
     RETURNING id
 )
-SELECT input.id, input.n FROM input JOIN inserted USING (id);
+SELECT (SELECT array_agg(id ORDER BY n) FROM input), (SELECT array_agg(id) FROM inserted);
 
 -- name: occupant
 -- Who occupies a correlation key.

@@ -66,8 +66,10 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     for start in range(0, len(order), INSERT_CHUNK):
         chunk = order[start : start + INSERT_CHUNK]
         rows = yield "insert_many", _columns([batch[n] for n in chunk])
-        for instance_id, n in rows:
-            ids[chunk[n - 1]] = instance_id
+        meant, inserted = rows[0][0], set(rows[0][1] or ())
+        for n, instance_id in zip(chunk, meant, strict=True):
+            if instance_id in inserted:
+                ids[n] = instance_id
     return ids
 
 

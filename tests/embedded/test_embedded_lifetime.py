@@ -59,7 +59,8 @@ def test_a_fresh_start_gives_a_durable_private_server(make_server, home, bindir)
     status = server.status()
     assert status.running
     assert not status.holders
-    assert status.binaries == bindir
+    # As root, binaries that the server's account can't reach (tox keeps its folder private) are copied.
+    assert status.binaries == bindir or str(status.binaries).startswith("/var/cache/durable/")
     assert status.version == ask(dsn, "SHOW server_version")
     assert status.version.split(".")[0] == str(binaries.major(bindir))
     assert server.stop() is True

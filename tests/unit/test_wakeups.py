@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -76,12 +76,17 @@ def test_what_was_saved_is_owed_until_it_is_sent(wakeups: Wakeups, clock: Clock)
 
 
 def test_scheduled_rows_notify_beats_not_workers(wakeups: Wakeups, clock: Clock) -> None:
-    assert said(wakeups.after_insert([new(delay=5.0), new(at=datetime.now(UTC))])) == [(DUE, "")]
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert said(wakeups.after_insert([new(delay=5.0), new(at=later)])) == [(DUE, "")]
     assert said(wakeups.after_insert([new(delay=1.0)])) == []
     assert said(wakeups.due_sooner()) == []
     clock.now += 2 * INTERVAL
     assert said(wakeups.due_sooner()) == [(DUE, "")]
     assert said(wakeups.after_insert([new(delay=0.0)])) == [(QUEUES, "default:1:0")]
+
+
+def test_a_row_whose_time_is_past_notifies_workers(wakeups: Wakeups) -> None:
+    assert said(wakeups.after_insert([new(at=datetime(2020, 1, 1, tzinfo=UTC))])) == [(QUEUES, "default:1:0")]
 
 
 def test_a_callers_transaction_carries_constant_payloads(wakeups: Wakeups) -> None:
