@@ -2,7 +2,7 @@
 
 import os
 
-from durable import Durable
+from durable import Context, Done, Durable, Machine, Next, ScheduleChildren, step
 
 app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
 
@@ -10,3 +10,50 @@ app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
 @app.task(name="noop")
 def noop() -> None:
     """Do nothing: what is measured is everything around it."""
+
+
+class _Chain(Machine):
+    """Five steps that count up."""
+
+    @step(initial=True)
+    def a(self, ctx: Context) -> Next:
+        return Next(self.b, {"n": 1})
+
+    @step
+    def b(self, ctx: Context) -> Next:
+        return Next(self.c, {"n": 2})
+
+    @step
+    def c(self, ctx: Context) -> Next:
+        return Next(self.d, {"n": 3})
+
+    @step
+    def d(self, ctx: Context) -> Next:
+        return Next(self.e, {"n": 4})
+
+    @step
+    def e(self, ctx: Context) -> Done:
+        return Done(ctx.state["n"])
+
+
+@app.machine(name="plain_chain")
+class PlainChain(_Chain):
+    """Each step through the picker."""
+
+
+@app.machine(name="inline_chain", inline=True)
+class InlineChain(_Chain):
+    """Each step on the claim that is held."""
+
+
+@app.machine(name="fan")
+class Fan(Machine):
+    """A parent with `n` no-op children."""
+
+    @step(initial=True)
+    def start(self, ctx: Context) -> ScheduleChildren:
+        return ScheduleChildren([noop] * ctx.state["n"], then=self.join)
+
+    @step
+    def join(self, ctx: Context) -> Done:
+        return Done(sum(child.status == "done" for child in ctx.children))

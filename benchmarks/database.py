@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
+from benchmarks import bench_tasks
 from durable import Durable
 from durable.embedded import Server
 
@@ -37,6 +39,32 @@ class Database:
             )
             connection.execute(f"VACUUM ANALYZE {self.schema}.instances")
             connection.execute("CHECKPOINT")
+
+    def empty(self) -> None:
+        """Remove every row."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {self.schema}.instances, {self.schema}.history, {self.schema}.signals")
+
+    def elapsed(self) -> float:
+        """Return seconds from the first insert to the last commit in the history."""
+        with psycopg.connect(self.dsn) as connection:
+            row = connection.execute(
+                f"SELECT extract(epoch FROM max(finished_at) - min(created_at))::float8 FROM {self.schema}.history"
+            ).fetchone()
+        assert row is not None, "an aggregate has a row"
+        return float(row[0])
+
+    def definitions(self, app: Durable) -> dict[str, Any]:
+        """Register the benchmark's tasks and machines with another app, and return them by name."""
+        found: dict[str, Any] = {"noop": app.task(name="noop")(bench_tasks.noop.function)}
+        for name, machine in (
+            ("plain_chain", bench_tasks.PlainChain),
+            ("inline_chain", bench_tasks.InlineChain),
+            ("fan", bench_tasks.Fan),
+        ):
+            app.definitions[name, 1] = machine.definition
+            found[name] = machine
+        return found
 
     def finished(self) -> int:
         """Return how many rows are in the history."""

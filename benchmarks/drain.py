@@ -50,27 +50,22 @@ def run_floor(database: Database, count: int, processes: int) -> float:
     return database.rate(count)
 
 
-def run_durable(database: Database, count: int, processes: int) -> float:
-    """Return our jobs per second: a real worker command, from its first to its last committed outcome."""
-    database.fill(count)
-    worker = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "durable_cli",
-            "-A",
-            "benchmarks.bench_tasks",
-            "worker",
-            "-c",
-            str(processes),
-            "-l",
-            "warning",
-        ],
+def start(database: Database, processes: int, *options: str) -> subprocess.Popen[bytes]:
+    """Start a worker command on the benchmark's tasks."""
+    arguments = ["-A", "benchmarks.bench_tasks", "worker", "-c", str(processes), "-l", "warning", *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "durable_cli", *arguments],
         cwd=ROOT,
         env={**os.environ, "DURABLE_DSN": database.dsn, "BENCH_SCHEMA": database.schema},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def run_durable(database: Database, count: int, processes: int) -> float:
+    """Return our jobs per second: a real worker command, from its first to its last committed outcome."""
+    database.fill(count)
+    worker = start(database, processes)
     try:
         wait_for_count(database, count)
         return database.rate(count)
