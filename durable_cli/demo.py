@@ -30,6 +30,7 @@ from durable.sql import quote_identifier
 from durable.storage import instances
 from durable.storage.session import single
 from durable_cli.demo_tasks import TOP, app, index_file, summarise
+from durable_cli.output import print_json
 
 KILL_AT = 0.35
 """Share of the files after which a worker process is killed."""
@@ -40,9 +41,10 @@ PATIENCE = 300.0
 @click.command()
 @click.option("--files", "limit", type=click.IntRange(10, 100_000), help="Index at most this many files.")
 @click.option("-c", "--concurrency", type=click.IntRange(2, 64), default=2, help="Worker processes for the files.")
-def demo(limit: int | None, concurrency: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; the story goes to stderr.")
+def demo(limit: int | None, concurrency: int, as_json: bool) -> None:
     """Index the standard library on real workers, and kill one of them on the way."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=as_json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped then too
     sources = _sources(limit)
     where = "the database of DURABLE_DSN" if not app.database.embedded else "an embedded Postgres"
@@ -58,8 +60,10 @@ def demo(limit: int | None, concurrency: int) -> None:
         victim = _watch(console, results)
         seconds = time.monotonic() - started
         total = _aggregate(results)
-        _report(console, results, total, victim, seconds)
+        figures = _report(console, results, total, victim, seconds)
     app.close()
+    if as_json:
+        print_json(figures)
 
 
 def _library() -> Path:
@@ -173,7 +177,8 @@ def _aggregate(results: Sequence[AsyncResult[Any]]) -> dict[str, Any]:
 
 def _report(
     console: Console, results: Sequence[AsyncResult[Any]], total: dict[str, Any], victim: int | None, seconds: float
-) -> None:
+) -> dict[str, Any]:
+    """Print how it ended, and return the figures. Raises DurableError when anything was lost or doubled."""
     done, doubled, twice, moved = app.run(single("executions", {"queue": "files"}))[0]
     console.print(
         f"\n  [bold green]{done} of {len(results)} files processed, {len(results) - done} lost, "
@@ -203,3 +208,13 @@ def _report(
     console.print("  ... and the ten-line tasks file in README.md")
     if done != len(results) or doubled:
         raise DurableError(f"{len(results) - done} files lost, {doubled} committed twice: this should never happen")
+    return {
+        "files": len(results),
+        "done": done,
+        "committed_twice": doubled,
+        "started_twice": twice,
+        "handed_on": moved,
+        "killed": victim,
+        "seconds": round(seconds, 3),
+        "totals": {name: total[name] for name in ("lines", "functions", "classes", "unparsable")},
+    }

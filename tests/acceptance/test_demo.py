@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,18 @@ def test_the_demo_kills_a_worker_and_loses_nothing(database: str, tmp_path: Path
     assert ran.returncode == 0, ran.stderr
     assert "300 of 300 files processed, 0 lost, 0 committed twice" in ran.stdout
     assert "kill -9" in ran.stdout
+    again = subprocess.run(
+        [sys.executable, "-m", "durable_cli", "demo", "--files", "300", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "DURABLE_DSN": database},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    document = json.loads(again.stdout)
+    assert (document["files"], document["done"], document["committed_twice"]) == (300, 300, 0)
     with psycopg.connect(database) as connection:
         rows = connection.execute(
             "SELECT count(*) FILTER (WHERE machine LIKE '%index_file'), bool_and(status = 'done' AND version = 1)"
