@@ -465,7 +465,7 @@ def test_an_idle_command_makes_fewer_than_two_queries_a_second(
         "DURABLE_POLL_INTERVAL": "1",
         "DURABLE_RECONCILE_INTERVAL": "15",
     }
-    durable_worker("worker", "-c", "5", **defaults)
+    worker = durable_worker("worker", "-c", "5", **defaults)
     assert add.delay(1).get(timeout=20) == 2
     wait_until(lambda: app.run(_live_workers()) == 5)
     app.close()
@@ -479,16 +479,19 @@ def test_an_idle_command_makes_fewer_than_two_queries_a_second(
         assert row is not None
         return int(row[0])
 
-    # A count over a window, not a race. Sessions that fall idle report their counters up to ten seconds later, so
-    # the window opens when the last of the start has been counted.
+    # A count over a window, not a race. Sessions that fall idle report their counters up to ten seconds later, and
+    # whatever else Postgres does in a database is counted too: that can only add, so the quietest of three windows
+    # tells what the command does.
     window = 15.0  # the longest interval of any duty of an idle command
-    time.sleep(11.0)
-    first = transactions()
-    time.sleep(window)
     ours = 4
-    counted = transactions() - first
+    for _ in range(3):
+        first = transactions()
+        time.sleep(window)
+        counted = transactions() - first
+        if counted < 2 * window + ours:
+            break
     connection.close()
-    assert counted < 2 * window + ours
+    assert counted < 2 * window + ours, worker.output()
 
 
 def _never(a: int, b: int = 1) -> int:
