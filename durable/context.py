@@ -10,11 +10,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 from durable import validation
+from durable.errors import ConnectionUsageError
 from durable.instance import Claimed
 from durable.outcomes import RetryRequested
+from durable.storage.claims import Commit
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar
@@ -117,8 +119,18 @@ class Context(Generic[S]):
     log              logger whose records carry instance, step and attempt
     """
 
-    def __init__(self, claimed: Claimed, app: Any, log: logging.Logger, state: Any = None) -> None:
+    def __init__(
+        self,
+        claimed: Claimed,
+        app: Any,
+        log: logging.Logger,
+        state: Any = None,
+        begin: Callable[[], Transaction] | None = None,
+    ) -> None:
         self._claimed = claimed
+        self._begin = begin
+        self.transaction: Transaction | None = None
+        """What `connection` has begun, until the step ends."""
         self.state: S = state
         self.app = app
         self.log = _StepLogger(
@@ -192,6 +204,28 @@ class Context(Generic[S]):
     def _children(self, children_round: int | None) -> Children:
         return Children(lambda after: self.app.read_children(self.id, children_round, after, PAGE))
 
+    @property
+    def connection(self) -> Any:
+        """A psycopg Connection (in `async def` steps an AsyncConnection) that commits together with the outcome.
+
+        Opened when first asked for; waits until one of the process's `step_connections` is free. What ends its
+        transaction early raises ConnectionUsageError; so does asking for it after the step, in `handle` too.
+        """
+        if self.transaction is None:
+            if self._begin is None:
+                raise ConnectionUsageError(
+                    "ctx.connection is there while the step runs: not in handle(), whose outcome commits alone"
+                )
+            self.transaction = self._begin()
+        return self.transaction.connection
+
+    def commit(self, commit: Commit) -> Commit:
+        """The runtime's: return the step's outcome, committed already if the step asked for its connection."""
+        return commit if self.transaction is None else self.transaction.commit(commit)
+
+    def _end(self) -> None:
+        self.transaction = self._begin = None
+
     def retry(self, *, countdown: float | None = None, exc: BaseException | None = None) -> RetryRequested:
         """Return what to raise for another attempt: `raise ctx.retry(countdown=10)`.
 
@@ -205,6 +239,18 @@ class Context(Generic[S]):
         return f"<Context of {self._claimed.machine} instance {self.id}, attempt {self.attempt}>"
 
 
+class Transaction(Protocol):
+    """What the runtime gives a context for its `connection`."""
+
+    connection: Any
+
+    def commit(self, commit: Commit) -> Commit:
+        """End it with the step's outcome; returns that, `flushed` if it is settled."""
+
+    def abandon(self, error: BaseException) -> None:
+        """Roll it back after the step raised."""
+
+
 def current() -> Context[Any] | None:
     """Return the context of the step that is running here, or None outside of one."""
     return _current.get()
@@ -212,9 +258,14 @@ def current() -> Context[Any] | None:
 
 @contextmanager
 def entered(context: Context[Any]) -> Iterator[None]:
-    """Make `context` the current one."""
+    """Make `context` the current one; an exception abandons what its step wrote on `connection`."""
     token = _current.set(context)
     try:
         yield
+    except BaseException as error:
+        if context.transaction is not None:
+            context.transaction.abandon(error)
+        raise
     finally:
+        context._end()
         _current.reset(token)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+PATIENCE = 1.0
+"""Seconds that what is left running on a loop gets to end when it is cancelled."""
+
 
 class CoroutineRunner:
     """Runs coroutines to their end on one loop, so that what user code keeps on it stays usable."""
@@ -18,3 +21,17 @@ class CoroutineRunner:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
         return self._loop.run_until_complete(coroutine)
+
+    def close(self) -> None:
+        """End the loop, and what user code has left running on it."""
+        if self._loop is None:
+            return
+        loop, self._loop = self._loop, None
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=PATIENCE))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()

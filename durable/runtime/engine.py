@@ -20,6 +20,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import psycopg
 
@@ -27,22 +28,22 @@ from durable.app import Durable
 from durable.instance import Claimed
 from durable.runtime import identity
 from durable.runtime.buffer import Buffer, Outbox
+from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.executor import Executor
 from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
-from durable.runtime.pacing import Pacing
+from durable.runtime.pacing import BEHIND_A_LONG_STEP, Pacing
 from durable.runtime.picker import Picker
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
 from durable.runtime.slot import Slot
+from durable.runtime.step_transaction import IDLE_SECONDS, StepConnections
 from durable.runtime.waiting import Waiting
 from durable.storage import claims, signals, workers
 from durable.storage.claims import Commit, Flushed
-from durable.storage.session import describe
+from durable.storage.session import Operation, describe
 
 log = logging.getLogger(__name__)
 
-BEHIND_A_LONG_STEP = 0.05
-"""Seconds a step may run before the rows buffered behind it are given back."""
 LATE_CLAIM = 60.0
 """Seconds after an error during which a claim that we gave up on may still commit on the server."""
 
@@ -84,8 +85,12 @@ class Engine:
         self._picker = Picker(self._link, queue)
         self.buffer = Buffer(bell.ring)
         self.outbox = Outbox(bell.ring)
-        executor = Executor(app, app.definitions, app.codec, app.conf.max_attempts)
-        self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns)
+        coroutines = CoroutineRunner()
+        self._step_connections = StepConnections(
+            app, f"durable {app.name} step {queue} {os.getpid()}", coroutines, lambda: self._worker, self._stopping
+        )
+        executor = Executor(app, coroutines, self._step_connections.begin)
+        self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns, self._stopping)
         self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox)
         self._held: dict[int, int] = {}
         self._worker = 0
@@ -98,6 +103,9 @@ class Engine:
     def owns(self, claimed: Claimed) -> bool:
         """Whether a claimed row is still ours."""
         return self._held.get(claimed.id) == claimed.token
+
+    def _stopping(self) -> bool:
+        return self._stop_asked() is not None
 
     def run(self) -> None:
         """Serve the slot until asked to stop, then drain."""
@@ -113,6 +121,7 @@ class Engine:
             self._link.drop()
 
     def _turn(self) -> None:
+        self._step_connections.close_idle()
         if self._bell.silence():
             self._more = True
         hints = self._seat.take_hints()
@@ -125,7 +134,7 @@ class Engine:
             self._start_over()
         try:
             self._flush_if_due()
-            self._give_back_behind_long_step()
+            self._give_back_excess()
             self._claim_if_wanted()
             self._reconcile_if_due()
         except psycopg.Error as error:
@@ -165,14 +174,18 @@ class Engine:
 
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
-        if self._stop_asked() is not None:
-            for commit in owned:
+        waiting = [commit for commit in owned if commit.flushed is None]
+        if self._stopping():
+            for commit in waiting:
                 if commit.status == "executing":
                     commit.status = "runnable"  # nothing new begins here: somebody else takes the next step
         flushed = Flushed()
+        for commit in batch:
+            if commit.flushed is not None:  # committed with what its step wrote
+                flushed.add(commit.flushed)
         try:
-            if owned:
-                flushed = self._flusher.flush(self._worker, owned)
+            if waiting:
+                flushed.add(self._flusher.flush(self._worker, waiting))
         finally:
             # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
             going_on = flushed.committed - flushed.ended
@@ -188,30 +201,23 @@ class Engine:
             stale = [commit.claimed.id for commit in batch if commit.claimed.id not in flushed.committed]
             log.warning("outcomes were stale: the rows had been taken away", extra={"instances": stale[:20]})
         self._more = True
-        for operation in self._app.wakeups.became_ready(flushed.ready):
-            self._link.run(operation)
+        self._send(self._app.wakeups.became_ready(flushed.ready))
         if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
-            for operation in self._app.wakeups.due_sooner():
-                self._link.run(operation)
+            self._send(self._app.wakeups.due_sooner())
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
         rows = [hop.next_claim(hop.claimed.id in flushed.inboxes) for hop in hops]
         self.buffer.put_first(self._with_inboxes(rows))
 
+    def _send(self, wakeups: Sequence[Operation[Any]]) -> None:
+        for operation in wakeups:
+            self._link.run(operation)
+
     # Give back
 
-    def _give_back_behind_long_step(self) -> None:
-        waiting = len(self.buffer)
-        if not waiting:
-            return
-        if self.slot.running:
-            ran = time.monotonic() - self._seat.entered_at
-            if ran > BEHIND_A_LONG_STEP:
-                self.slot.mean_step = max(self.slot.mean_step or 0.0, ran)
-                self._release(self.buffer.take_back())
-                return
-        keep = self._pacing.excess()
+    def _give_back_excess(self) -> None:
+        keep = self._pacing.keep(self._seat.entered_at)
         if keep is not None:
             self._release(self.buffer.take_back(keep=keep))
 
@@ -221,8 +227,7 @@ class Engine:
         for row in rows:
             self._held.pop(row.id, None)  # first: if the release fails, reconcile finds them
         counts = self._link.run_atomically(claims.release(self._worker, [(row.id, row.token) for row in rows], reason))
-        for operation in self._app.wakeups.handed_back(counts):
-            self._link.run(operation)
+        self._send(self._app.wakeups.handed_back(counts))
 
     # Claim
 
@@ -288,8 +293,7 @@ class Engine:
             for row in expired:
                 self._held.pop(row.id, None)
             woken = self._link.run_atomically(claims.expire(self._worker, [(row.id, row.token) for row in expired]))
-            for operation in self._app.wakeups.became_ready(woken):
-                self._link.run(operation)
+            self._send(self._app.wakeups.became_ready(woken))
         for row in unknown:
             self._picker.hide(row.machine, row.machine_version)
             log.error(
@@ -322,8 +326,7 @@ class Engine:
         strange = [(instance_id, token) for instance_id, token in there.items() if self._held.get(instance_id) != token]
         if strange:
             counts = self._link.run_atomically(claims.release(self._worker, strange, reason))
-            for operation in self._app.wakeups.handed_back(counts):
-                self._link.run(operation)
+            self._send(self._app.wakeups.handed_back(counts))
         return len(strange)
 
     def _after_error(self, error: psycopg.Error) -> None:
@@ -343,7 +346,7 @@ class Engine:
         if self._stop_asked() is not None:
             return
         now = time.monotonic()
-        until = self._reconcile_at
+        until = min(self._reconcile_at, self._step_connections.idle_since + IDLE_SECONDS)
         pending = len(self.outbox)
         if pending:
             until = min(until, self.outbox.oldest_at + self._app.conf.flush_delay)

@@ -1,44 +1,44 @@
-"""One step: find the definition of a claimed row and have it run. Touches no database.
+"""One step: find the definition of a claimed row and have it run.
 
-Nothing that user code does comes out of `execute` as an exception, but what ends the process.
+Touches the database only through `ctx.connection`. Nothing that user code does comes out of `execute` as an exception,
+but what ends the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from durable.app import Durable
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.machine_step import MachineRunner
+from durable.runtime.step_transaction import Begin
 from durable.runtime.task_step import TaskRunner
-from durable.serialization import Codec
 from durable.storage.claims import Commit
-from durable.task import Task
-
-Definition = Task[..., Any] | MachineDefinition
 
 
 class Executor:
-    """Runs steps for one slot.
+    """Runs steps of an app for one slot.
 
-    app           handed to contexts
-    definitions   (name, version) -> task or machine
-    max_attempts  for tasks that set none
+    coroutines  runs `async def` user code
+    begin       opens the transaction of a step that asks for `ctx.connection`; without it there is none
     """
 
-    def __init__(
-        self, app: Any, definitions: Mapping[tuple[str, int], Definition], codec: Codec, max_attempts: int
-    ) -> None:
-        self._definitions = definitions
-        coroutines = CoroutineRunner()
-        self._tasks = TaskRunner(app, codec, coroutines, max_attempts)
-        self._machines = MachineRunner(app, codec, coroutines)
+    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None = None) -> None:
+        self._definitions = app.definitions
+        self._coroutines = coroutines
+        self._tasks = TaskRunner(app, coroutines, begin)
+        self._machines = MachineRunner(app, coroutines, begin)
 
     def execute(self, claimed: Claimed) -> Commit:
-        """Run the step of a claimed row and return its outcome."""
+        """Run the step of a claimed row and return its outcome.
+
+        Raises StepAgain when the step did not happen, through no fault of its own, and is to be run again.
+        """
         definition = self._definitions[claimed.machine, claimed.machine_version]
         if isinstance(definition, MachineDefinition):
             return self._machines.run(claimed, definition)
         return self._tasks.run(claimed, definition)
+
+    def close(self) -> None:
+        """End the event loop of `async def` steps."""
+        self._coroutines.close()

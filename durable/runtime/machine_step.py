@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from durable.app import Durable
 from durable.context import Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, ValidationError
 from durable.instance import Claimed, NewInstance, Payload
@@ -26,7 +28,7 @@ from durable.outcomes import (
 )
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
-from durable.serialization import Codec
+from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
 from durable.validation import near, shown
 
@@ -36,10 +38,11 @@ log = logging.getLogger("durable.step")
 class MachineRunner:
     """Runs steps of machines for one slot."""
 
-    def __init__(self, app: Any, codec: Codec, coroutines: CoroutineRunner) -> None:
+    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None) -> None:
         self._app = app
-        self._codec = codec
+        self._codec = app.codec
         self._coroutines = coroutines
+        self._begin = begin
 
     def run(self, claimed: Claimed, definition: MachineDefinition) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -51,20 +54,24 @@ class MachineRunner:
                 raise CorruptRowError(_no_step(definition, claimed.step))
         except (CorruptRowError, ValidationError) as error:
             return failed(claimed, error)
-        context: Context[Any] = Context(claimed, self._app, log, state)
+        is_async = inspect.iscoroutinefunction(step)
+        begin = self._begin and partial(self._begin, claimed, is_async)
+        context: Context[Any] = Context(claimed, self._app, log, state, begin)
         machine = definition.cls()
         error_seen: BaseException
         try:
             with entered(context):
                 value = step(machine, context)
-                if inspect.iscoroutinefunction(step):
+                if is_async:
                     value = self._coroutines.run(value)
                 elif inspect.iscoroutine(value):
                     value.close()
                     raise OutcomeError(
                         f"step {claimed.step!r} of {definition.name} returned a coroutine: declare it `async def`"
                     )
-            return self._commit(claimed, definition, context, value)
+                return context.commit(self._commit(claimed, definition, context, value))
+        except StepAgain:
+            raise
         except Cancel as cancel:
             return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
         except RetryRequested as request:
@@ -84,6 +91,8 @@ class MachineRunner:
                 if inspect.iscoroutine(value):
                     value = self._coroutines.run(value)
             commit = self._commit(claimed, definition, context, value)
+        except StepAgain:
+            raise
         except BaseException as problem:
             log_failure(log, claimed, problem)
             return failed(claimed, problem)

@@ -1,6 +1,6 @@
 """When a worker process claims, how much, and when it commits: the policy behind the engine.
 
-Reads the slot, the buffer and the outbox; changes nothing.
+Reads the slot, the buffer and the outbox.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from durable.runtime.slot import SHORT_STEP, Slot
 
 BUFFERED_WORK = 0.03
 """Seconds of expected work that the buffer holds at most, when prefetch is auto."""
+BEHIND_A_LONG_STEP = 0.05
+"""Seconds a step may run before the rows buffered behind it are given back."""
 MAX_PREFETCH = 400
 
 
@@ -50,9 +52,21 @@ class Pacing:
         least = self._conf.min_demand or max(1, target // 2)
         return room if room >= least else 0
 
-    def excess(self) -> int | None:
-        """How many buffered rows to keep when they hold far more work than meant; None when they don't."""
-        mean, waiting = self._slot.mean_step, len(self._buffer)
+    def keep(self, entered_at: float) -> int | None:
+        """How many buffered rows to keep: none behind a long step, few when they hold far more work than meant.
+
+        entered_at  time.monotonic() when the running step began
+        Returns None when nothing is to be given back.
+        """
+        waiting = len(self._buffer)
+        if not waiting:
+            return None
+        if self._slot.running:
+            ran = time.monotonic() - entered_at
+            if ran > BEHIND_A_LONG_STEP:
+                self._slot.expect(ran)
+                return 0
+        mean = self._slot.mean_step
         if mean is not None and waiting > 1 and waiting * mean > 4 * BUFFERED_WORK:
             return max(1, self.target())
         return None

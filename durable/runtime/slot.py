@@ -7,13 +7,19 @@ result never sits behind a long or deadly neighbour.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 from durable.instance import Claimed
+from durable.runtime.backoff import Backoff
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
 from durable.runtime.shared import Seat
+from durable.runtime.step_transaction import StepAgain
+from durable.storage.claims import Commit
+
+log = logging.getLogger(__name__)
 
 SHORT_STEP = 0.02
 """Mean seconds of a step below which the slot runs ahead of the commit."""
@@ -21,7 +27,11 @@ LEASE_LOOK = 0.05
 
 
 class Slot:
-    """Runs steps. `owns(claimed)` tells whether the row is still this process's."""
+    """Runs steps.
+
+    owns      whether a claimed row is still this process's
+    stopping  whether the process was asked to stop
+    """
 
     def __init__(
         self,
@@ -30,12 +40,14 @@ class Slot:
         outbox: Outbox,
         seat: Seat,
         owns: Callable[[Claimed], bool],
+        stopping: Callable[[], bool],
     ) -> None:
         self._executor = executor
         self._buffer = buffer
         self._outbox = outbox
         self._seat = seat
         self._owns = owns
+        self._stopping = stopping
         self.mean_step: float | None = None
         """Moving mean of the seconds a step takes; None before the first."""
         self.running = False
@@ -43,7 +55,7 @@ class Slot:
 
     def run(self) -> None:
         """Run steps until the buffer is closed."""
-        take, execute, seat, outbox = self._buffer.take, self._executor.execute, self._seat, self._outbox
+        take, step, seat, outbox = self._buffer.take, self.step, self._seat, self._outbox
         clock = time.monotonic
         while (claimed := take()) is not None:
             started = clock()
@@ -51,8 +63,9 @@ class Slot:
                 continue
             seat.enter(claimed.id, claimed.token, started)
             self.running = True
-            commit = execute(claimed)
-            outbox.hand_over(commit)
+            commit = step(claimed)
+            if commit is not None:
+                outbox.hand_over(commit)
             self.running = False
             seat.leave()
             took = clock() - started
@@ -62,6 +75,35 @@ class Slot:
             if mean >= SHORT_STEP or claimed.crashes:
                 outbox.wait_until_durable()
         self.ended = True
+        self.close()
+
+    def close(self) -> None:
+        """End what steps have left running in the process."""
+        self._executor.close()
+
+    def expect(self, seconds: float) -> None:
+        """Engine: a step that still runs has taken that long."""
+        self.mean_step = max(self.mean_step or 0.0, seconds)
+
+    def step(self, claimed: Claimed) -> Commit | None:
+        """Run a step until it has happened; None when that is no longer for us to do."""
+        try:
+            return self._executor.execute(claimed)
+        except StepAgain as reason:
+            return self._again(claimed, reason)
+
+    def _again(self, claimed: Claimed, reason: StepAgain) -> Commit | None:
+        backoff = Backoff(first=0.02, most=1.0)
+        while not self._stopping() and self._owns(claimed):
+            log.info("the step runs again: %s", reason, extra={"instance": claimed.id, "step": claimed.step})
+            time.sleep(backoff.next())
+            if time.monotonic() >= self._seat.deadline and not self._lease_returns(claimed):
+                return None
+            try:
+                return self._executor.execute(claimed)
+            except StepAgain as another:
+                reason = another
+        return None
 
     def _lease_returns(self, claimed: Claimed) -> bool:
         """Past the deadline nothing is started: wait for the agent's next heartbeat, or for the row to be taken."""

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import inspect
 import logging
+from functools import partial
 from typing import Any
 
+from durable.app import Durable
 from durable.context import Context, entered
-from durable.errors import CorruptRowError, OutcomeError, PayloadError
+from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadError
 from durable.instance import Claimed
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
 from durable.retry import default_backoff
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
-from durable.serialization import Codec
+from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
 
 log = logging.getLogger("durable.step")
 
 
-class TaskRunner:
-    """Runs tasks for one slot. max_attempts: for tasks that set none."""
+class _Refused(Exception):
+    """The step returned what can't be its outcome."""
 
-    def __init__(self, app: Any, codec: Codec, coroutines: CoroutineRunner, max_attempts: int) -> None:
+    def __init__(self, reason: DurableError) -> None:
+        self.reason = reason
+
+
+class TaskRunner:
+    """Runs tasks for one slot."""
+
+    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None) -> None:
         self._app = app
-        self._codec = codec
+        self._codec = app.codec
         self._coroutines = coroutines
-        self._max_attempts = max_attempts
+        self._begin = begin
 
     def run(self, claimed: Claimed, task: Task[..., Any]) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -36,14 +45,19 @@ class TaskRunner:
             args, kwargs = _arguments(state, claimed)
         except CorruptRowError as error:
             return failed(claimed, error)
-        context: Context[Any] = Context(claimed, self._app, log)
+        begin = self._begin and partial(self._begin, claimed, task.is_async)
+        context: Context[Any] = Context(claimed, self._app, log, None, begin)
         try:
             with entered(context):
                 call = task.function
                 value = call(context, *args, **kwargs) if task.options.bind else call(*args, **kwargs)
                 if task.is_async:
                     value = self._coroutines.run(value)
-            return self._outcome(claimed, task, value)
+                return context.commit(self._outcome(claimed, task, value))
+        except StepAgain:
+            raise
+        except _Refused as refusal:
+            return failed(claimed, refusal.reason)
         except Cancel as cancel:
             return stopped(claimed, cancel.reason, "Cancel", self._codec, task.options.serializer)
         except RetryRequested as request:
@@ -62,24 +76,22 @@ class TaskRunner:
             return stopped(claimed, value.reason, "Stop", self._codec, task.options.serializer)
         if inspect.iscoroutine(value):
             value.close()
-            return failed(
-                claimed, OutcomeError(f"{task.name} returned a coroutine: declare it `async def`, or await it")
-            )
+            raise _Refused(OutcomeError(f"{task.name} returned a coroutine: declare it `async def`, or await it"))
         if isinstance(value, Done):
             value = value.result
         elif isinstance(value, OUTCOMES):
             name = type(value).__name__
-            return failed(claimed, OutcomeError(f"{task.name} returned {name}: a task has one step; use a Machine"))
+            raise _Refused(OutcomeError(f"{task.name} returned {name}: a task has one step; use a Machine"))
         try:
             return Commit(claimed, "done", self._codec.encode(value, "result", task.options.serializer))
         except PayloadError as error:
-            return failed(claimed, error)
+            raise _Refused(error) from error
 
     def _again(
         self, claimed: Claimed, task: Task[..., Any], delay: float | None, error: BaseException | None
     ) -> Commit:
         """Another attempt after `delay` seconds (None: the task's backoff), or the end when none is left."""
-        limit = claimed.max_attempts or task.options.max_attempts or self._max_attempts
+        limit = claimed.max_attempts or task.options.max_attempts or self._app.conf.max_attempts
         if error is None:
             error = OutcomeError("the step asked for another attempt")
         if claimed.attempt + 1 >= limit:

@@ -160,6 +160,15 @@ WHERE i.id = o.id
       IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
 RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox;
 
+-- name: hold
+-- Lock a claimed row and the parent it reports to, and say whether the claim stands.
+-- Params: ids bigint[] (both), worker bigint, token int, version int. Rows: id, owned, cancel_requested.
+-- Locks: instances FOR NO KEY UPDATE, in id order.
+SELECT id, (worker_id, token, version, status)
+           IS NOT DISTINCT FROM (%(worker)s::bigint, %(token)s::int, %(version)s::int, 'executing'::{schema}.status),
+       cancel_requested
+FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+
 -- name: committed
 -- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[]. Rows: id, token, version.
 SELECT id, token, version FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])

@@ -38,6 +38,7 @@ class Commit:
     delay     seconds until eligible; timeout: seconds until a park ends by itself
     consumed  ids of signals this outcome consumes; shown: ids the step was shown and did not consume
     children  rows to insert with this outcome
+    flushed   what its flush did, when it was committed together with what its step wrote
     """
 
     claimed: Claimed
@@ -54,6 +55,7 @@ class Commit:
     shown: Sequence[int] = ()
     consumed: Sequence[int] = ()
     children: Sequence[NewInstance] = ()
+    flushed: Flushed | None = None
 
     def __post_init__(self) -> None:
         if not self.kind:
@@ -186,6 +188,32 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
         commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.reports_to is None for commit in batch
     )
     return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))
+
+
+def hold(worker: int, claimed: Claimed) -> Operation[str]:
+    """Lock a claimed row, and the parent it reports to, until the transaction ends.
+
+    Returns "owned", "cancelled" (owned, and its cancel was asked for), or "lost" (the claim or the row is gone).
+    """
+    family = {claimed.id, claimed.reports_to or claimed.id}
+    rows = yield (
+        "hold",
+        {
+            "ids": Int8Array(sorted(family)),
+            "worker": worker,
+            "token": claimed.token,
+            "version": claimed.version,
+        },
+    )
+    for instance_id, owned, cancel_requested in rows:
+        if instance_id == claimed.id and owned:
+            return "cancelled" if cancel_requested else "owned"
+    return "lost"
+
+
+def flush_one(worker: int, commit: Commit) -> Operation[Flushed]:
+    """Write one outcome with all its riders, as `flush` does, into a transaction that is open."""
+    return (yield from _flush(worker, [commit]))
 
 
 def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:

@@ -76,7 +76,9 @@ class Driver:
 
     def execute(self, claimed: Claimed) -> Commit:
         """Run its step."""
-        return self.engine.slot._executor.execute(claimed)
+        commit = self.engine.slot.step(claimed)
+        assert commit is not None, "the step did not happen"
+        return commit
 
     def flush(self, *commits: Commit) -> set[int]:
         """Commit outcomes; return the ids of those that were not stale."""
@@ -84,6 +86,8 @@ class Driver:
             self.engine.outbox.hand_over(commit)
         self._flusher.last = Flushed()
         self.engine._flush(self.engine.outbox.take(len(commits)))
+        for commit in commits:
+            self._flusher.last.add(commit.flushed or Flushed())
         committed = self._flusher.last.committed
         self.trace += [(c.claimed.id, c.claimed.step, c.kind) for c in commits if c.claimed.id in committed]
         return committed
@@ -129,6 +133,8 @@ class Driver:
     def close(self) -> None:
         """Give its connection and its pipe back."""
         self.engine._link.drop()
+        self.engine._step_connections.close_idle(0.0)
+        self.engine.slot.close()
         os.close(self._bell.reader)
         os.close(self._bell._writer)
 

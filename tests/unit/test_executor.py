@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ from durable import Context, Durable
 from durable.context import current
 from durable.instance import Claimed, Payload
 from durable.outcomes import Cancel, Done, Retry, Stop
+from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.executor import Executor
 from durable.runtime.failures import MAX_ERROR_TEXT, error_json
 from durable.storage.claims import Commit
@@ -24,8 +25,10 @@ class Bench:
     """An app that never connects, and the executor of one slot."""
 
     def __init__(self) -> None:
-        self.app = Durable("unit", dsn="postgresql://nobody@127.0.0.1:1/none", max_payload_bytes=100_000)
-        self.executor = Executor(self.app, self.app.definitions, self.app.codec, max_attempts=3)
+        self.app = Durable(
+            "unit", dsn="postgresql://nobody@127.0.0.1:1/none", max_payload_bytes=100_000, max_attempts=3
+        )
+        self.executor = Executor(self.app, CoroutineRunner())
 
     def run(
         self, function: Callable[..., Any], *args: Any, claimed: dict[str, Any] | None = None, **options: Any
@@ -64,8 +67,10 @@ def claim(**values: Any) -> Claimed:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.executor.close()
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -354,7 +359,6 @@ def test_an_async_step_runs_on_a_loop_that_lives_on(bench: Bench) -> None:
     assert error_of(bench.run(_failing_async))["type"] == "ValueError"
     assert bench.run(_exiting_async).status == "failed"
     assert bench.result(bench.run(step, 3)) == 3
-    loops[0].close()
 
 
 async def _failing_async() -> None:
@@ -387,3 +391,23 @@ def test_the_fence_of_the_claim_goes_with_the_outcome(bench: Bench) -> None:
     assert not commit.keeps_row
     assert Commit(claim(keeps_key=True), "done", Payload("json", b"1")).keeps_row
     assert Commit(claim(), "scheduled").keeps_row
+
+
+def test_what_a_step_leaves_running_on_its_loop_is_cancelled_when_the_slot_ends(bench: Bench) -> None:
+    ended: list[str] = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.append("cancelled")
+
+    async def step() -> None:
+        tasks.append(asyncio.get_running_loop().create_task(forever()))
+        await asyncio.sleep(0)
+
+    tasks: list[asyncio.Task[None]] = []
+    bench.run(step)
+    assert ended == []
+    bench.executor.close()
+    assert ended == ["cancelled"]
