@@ -1,7 +1,8 @@
 """`durable demo`: what a newcomer sees in under a minute.
 
-A Postgres, a worker command on two queues and a beat; every Python file of the standard library becomes a task; in
-the middle a worker process is killed with -9 in front of the user; at the end everything was processed all the same.
+A Postgres, a worker command on three queues and a beat; an order is parked until its payment; every Python file of the
+standard library becomes a task; in the middle a worker process is killed with -9 in front of the user, and another
+one while the order's parcels are packed; at the end everything was processed all the same.
 Works in its own schema, made anew each time.
 """
 
@@ -29,6 +30,7 @@ from durable.instance import Snapshot
 from durable.sql import quote_identifier
 from durable.storage import instances
 from durable.storage.session import single
+from durable_cli import demo_checkout
 from durable_cli.demo_tasks import TOP, app, index_file, summarise
 from durable_cli.output import print_json
 
@@ -51,9 +53,11 @@ def demo(limit: int | None, concurrency: int, as_json: bool) -> None:
     console.print(f"[bold]durable demo[/]: {len(sources)} Python files of the standard library, one task each\n")
     version = _fresh_schema()
     console.print(f"  {where}, PostgreSQL {version}, schema {app.schema}")
-    with tempfile.TemporaryDirectory(prefix="durable-demo-") as folder, _cluster(Path(folder), concurrency) as pids:
-        console.print(f"  durable worker -Q files:{concurrency},summary:1   (pid {pids[0]})")
-        console.print(f"  durable beat                        (pid {pids[1]})\n")
+    queues = f"files:{concurrency},parcels:2,summary:1"
+    with tempfile.TemporaryDirectory(prefix="durable-demo-") as folder, _cluster(Path(folder), queues) as pids:
+        console.print(f"  durable worker -Q {queues}   (pid {pids[0]})")
+        console.print(f"  durable beat   (pid {pids[1]})\n")
+        checkout = demo_checkout.order(console)
         started = time.monotonic()
         results = app.insert_many([(index_file, {"args": (str(path),)}) for path in sources])
         console.print(f"  {len(results)} tasks inserted in {time.monotonic() - started:.2f} s\n")
@@ -61,6 +65,8 @@ def demo(limit: int | None, concurrency: int, as_json: bool) -> None:
         seconds = time.monotonic() - started
         total = _aggregate(results)
         figures = _report(console, results, total, victim, seconds)
+        figures["checkout"] = demo_checkout.ship(console, checkout, lambda: _kill_one(console, "parcels"))
+        _what_next(console, results[0].id, checkout.id)
     app.close()
     if as_json:
         print_json(figures)
@@ -88,10 +94,11 @@ def _fresh_schema() -> str:
 
 
 @contextmanager
-def _cluster(folder: Path, concurrency: int) -> Iterator[tuple[int, int]]:
+def _cluster(folder: Path, queues: str) -> Iterator[tuple[int, int]]:
     """Run a worker command and a beat; both are gone afterwards, whatever happened."""
     base = [sys.executable, "-m", "durable_cli", "-A", "durable_cli.demo_tasks"]
-    commands = (["worker", "-Q", f"files:{concurrency},summary:1"], ["beat"])
+    commands = (["worker", "-Q", queues], ["beat"])
+    slots = sum(int(queue.partition(":")[2]) for queue in queues.split(","))
     logs = [folder / "worker.log", folder / "beat.log"]
     processes = []
     try:
@@ -107,7 +114,7 @@ def _cluster(folder: Path, concurrency: int) -> Iterator[tuple[int, int]]:
                         start_new_session=True,
                     )
                 )
-        _wait_for_workers(processes, logs, concurrency + 1)
+        _wait_for_workers(processes, logs, slots)
         yield processes[0].pid, processes[1].pid
     finally:
         for process in processes:
@@ -149,21 +156,21 @@ def _watch(console: Console, results: Sequence[AsyncResult[Any]]) -> int | None:
             waiting -= {snapshot.id for snapshot in finished}
             progress.update(bar, completed=len(results) - len(waiting))
             if victim is None and len(waiting) < len(results) * (1 - KILL_AT):
-                victim = _kill_one(progress.console)
+                victim = _kill_one(progress.console, "files")
             if time.monotonic() > until:
                 raise DurableError(f"{len(waiting)} files were not indexed within {PATIENCE:.0f} s")
             time.sleep(0.05)
     return victim
 
 
-def _kill_one(console: Console) -> int | None:
-    """Kill the worker process of the queue `files` that holds most with -9; return its pid."""
-    files = [row for row in app.run(single("workers")) if row[1] == "worker" and row[5] == "files" and row[10]]
-    if not files:
+def _kill_one(console: Console, queue: str) -> int | None:
+    """Kill the worker process of a queue that holds most with -9; return its pid."""
+    found = [row for row in app.run(single("workers")) if row[1] == "worker" and row[5] == queue and row[10]]
+    if not found:
         return None
-    pid, busy = max(((row[4], row[11]) for row in files), key=lambda entry: entry[1])
+    pid, busy = max(((row[4], row[11]) for row in found), key=lambda entry: entry[1])
     os.kill(int(pid), signal.SIGKILL)
-    console.print(f"  [bold red]kill -9 {pid}[/]   a worker process dies with {busy} claimed files")
+    console.print(f"  [bold red]kill -9 {pid}[/]   a worker process dies with {busy} claimed {queue}")
     return int(pid)
 
 
@@ -195,17 +202,6 @@ def _report(
         f"\n  {total['lines']:,} lines, {total['functions']:,} functions, {total['classes']:,} classes; most imported: "
         + ", ".join(name for name, _ in imports)
     )
-    console.print("\nWhat to type next:")
-    commands = [
-        ("durable -A durable_cli.demo_tasks list --limit 5", "what is in the history now"),
-        (f"durable -A durable_cli.demo_tasks show {results[0].id}", "everything about one instance"),
-    ]
-    if app.database.embedded:
-        view = "TABLE durable_demo.instance_view LIMIT 3"
-        commands.append((f"durable server psql -c '{view}'", "it is only Postgres"))
-    for command, what in commands:
-        console.print(f"  {command}\n      {what}", soft_wrap=True)
-    console.print("  ... and the ten-line tasks file in README.md")
     if done != len(results) or doubled:
         raise DurableError(f"{len(results) - done} files lost, {doubled} committed twice: this should never happen")
     return {
@@ -218,3 +214,18 @@ def _report(
         "seconds": round(seconds, 3),
         "totals": {name: total[name] for name in ("lines", "functions", "classes", "unparsable")},
     }
+
+
+def _what_next(console: Console, task: int, machine: int) -> None:
+    console.print("\nWhat to type next:")
+    commands = [
+        ("durable -A durable_cli.demo_tasks list --limit 5", "what is in the history now"),
+        (f"durable -A durable_cli.demo_tasks show {task}", "everything about one task"),
+        (f"durable -A durable_cli.demo_tasks show {machine}", "and about the order, with its children"),
+    ]
+    if app.database.embedded:
+        view = "TABLE durable_demo.instance_view LIMIT 3"
+        commands.append((f"durable server psql -c '{view}'", "it is only Postgres"))
+    for command, what in commands:
+        console.print(f"  {command}\n      {what}", soft_wrap=True)
+    console.print("  ... and the ten-line tasks file in README.md")

@@ -1,17 +1,21 @@
-"""The tasks of `durable demo`: index the Python files of the running Python's standard library."""
+"""What `durable demo` runs: tasks that index the running Python's standard library, and an order that is shipped."""
 
 from __future__ import annotations
 
 import ast
+import time
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from durable import Durable
+from durable import Await, Context, Done, Durable, Machine, ScheduleChildren, Stop, step
 
 app = Durable("demo", schema="durable_demo")
 
+PARCELS = 8
+"""How many parcels an order has."""
 TOP = 10
 """How many imported modules a summary names."""
 
@@ -52,3 +56,40 @@ def summarise(indexes: list[dict[str, Any]]) -> dict[str, Any]:
         total["files"] += index.get("files", 1)
         imports.update(index["imports"])
     return {**total, "imports": dict(imports)}
+
+
+@app.task(bind=True, queue="parcels")
+def pack(ctx: Context, parcel: int) -> None:
+    """Pack one parcel; the row is written if and only if this step's outcome is committed."""
+    time.sleep(0.2)
+    ctx.connection.execute("INSERT INTO durable_demo.parcels VALUES (%s)", [parcel])
+
+
+@app.machine(queue="summary")
+class Checkout(Machine):
+    """An order: wait for the payment, pack all parcels at once, ship."""
+
+    @dataclass
+    class State:
+        """What the order is about."""
+
+        number: int
+        paid: int = 0
+
+    @step(initial=True)
+    def start(self, ctx: Context[State]) -> Await:
+        """Park until the payment comes."""
+        return Await("payment_confirmed", then=self.paid, timeout=3600)
+
+    @step
+    def paid(self, ctx: Context[State]) -> Stop | ScheduleChildren:
+        """Fan out, one child per parcel."""
+        if not ctx.awaited:
+            return Stop("the payment never came")
+        ctx.state.paid = ctx.awaited[0].payload["amount"]
+        return ScheduleChildren([(pack, {"args": (n,)}) for n in range(PARCELS)], then=self.ship, state=ctx.state)
+
+    @step
+    def ship(self, ctx: Context[State]) -> Done:
+        """All parcels are packed, or failed."""
+        return Done({"paid": ctx.state.paid, "parcels": sum(child.status == "done" for child in ctx.children)})
