@@ -19,6 +19,7 @@ from tests.fix_app import Command
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+AUTO = ("prefetch", "min_demand", "step_connections")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -91,7 +92,7 @@ def settings_table() -> str:
     defaults = Config()
     for name in Config.names():
         value = getattr(defaults, name)
-        shown = "auto" if value is None and name in ("prefetch", "min_demand") else "" if value is None else value
+        shown = "auto" if value is None and name in AUTO else "" if value is None else value
         text = ", ".join(shown) if isinstance(shown, tuple) else f"{shown:g}" if isinstance(shown, float) else shown
         lines.append(f"| `{name}` | {text} | {Config.doc(name)} |")
     return "\n".join(lines) + "\n"
