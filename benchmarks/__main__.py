@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.database import bench_database
 from benchmarks.drain import measure
-from benchmarks.machines import fanout, latency, steps
+from benchmarks.machines import fanout, latency, signals, steps
 
 
 @click.group()
@@ -60,13 +60,17 @@ def drain(count: int, processes: str, rounds: int, as_json: bool) -> None:
 @main.command()
 @click.option("--processes", default=2, show_default=True, help="Worker processes.")
 @click.option("--count", default=4000, show_default=True, help="Five-step machines.")
-@click.option("--children", default=10_000, show_default=True, help="Children of the one parent.")
-def machines(processes: int, count: int, children: int) -> None:
-    """Steps per second plain and inline, children per second, latency on an idle worker, due times."""
+@click.option("--parked", default=10_000, show_default=True, help="Instances that await a signal.")
+def machines(processes: int, count: int, parked: int) -> None:
+    """Steps per second plain and inline, children and signals per second, latency on an idle worker, due times."""
     with bench_database() as database:
         for name, rate in steps(database, processes, count).items():
             click.echo(f"{name}: {rate:,.0f} steps/s")
-        click.echo(f"{children:,} children of one parent: {fanout(database, processes, children):,.0f} children/s")
+        for children in (1000, 10_000):
+            rate = fanout(database, processes, children)
+            click.echo(f"{children:,} children of one parent: {children / rate:.2f} s to the join, {rate:,.0f}/s")
+        for name, rate in signals(database, processes, parked).items():
+            click.echo(f"{parked:,} parked, {name}: {rate:,.0f}/s")
         for name, figure in latency(database, processes).items():
             click.echo(f"{name}: {figure:.1f} ms")
 

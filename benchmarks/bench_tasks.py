@@ -2,7 +2,7 @@
 
 import os
 
-from durable import Context, Done, Durable, Machine, Next, ScheduleChildren, step
+from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
 
 app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
 
@@ -57,3 +57,16 @@ class Fan(Machine):
     @step
     def join(self, ctx: Context) -> Done:
         return Done(sum(child.status == "done" for child in ctx.children))
+
+
+@app.machine(name="sleeper")
+class Sleeper(Machine):
+    """Parks until a signal comes."""
+
+    @step(initial=True)
+    def start(self, ctx: Context) -> Await:
+        return Await("wake", then=self.end)
+
+    @step
+    def end(self, ctx: Context) -> Done:
+        return Done(ctx.awaited[0].payload)

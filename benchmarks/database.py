@@ -61,15 +61,20 @@ class Database:
             ("plain_chain", bench_tasks.PlainChain),
             ("inline_chain", bench_tasks.InlineChain),
             ("fan", bench_tasks.Fan),
+            ("sleeper", bench_tasks.Sleeper),
         ):
             app.definitions[name, 1] = machine.definition
             found[name] = machine
         return found
 
-    def finished(self) -> int:
-        """Return how many rows are in the history."""
+    def count(self, status: str) -> int:
+        """Return how many rows have a status, live or finished."""
         with psycopg.connect(self.dsn) as connection:
-            row = connection.execute(f"SELECT count(*) FROM {self.schema}.history").fetchone()
+            row = connection.execute(
+                f"SELECT (SELECT count(*) FROM {self.schema}.history WHERE status = %(status)s)"
+                f" + (SELECT count(*) FROM {self.schema}.instances WHERE status = %(status)s)",
+                {"status": status},
+            ).fetchone()
             return int(row[0]) if row else 0
 
     def rate(self, count: int) -> float:
@@ -84,12 +89,12 @@ class Database:
         return float(count / row[1])
 
 
-def wait_for_count(database: Database, count: int, seconds: float = 300.0) -> None:
-    """Wait until `count` rows are finished; looks rarely, so as not to be part of what is measured."""
+def wait_for_count(database: Database, count: int, status: str = "done", seconds: float = 300.0) -> None:
+    """Wait until `count` rows have a status; looks rarely, so as not to be part of what is measured."""
     until = time.monotonic() + seconds
-    while database.finished() < count:
+    while (found := database.count(status)) < count:
         if time.monotonic() > until:
-            raise RuntimeError(f"only {database.finished()} of {count} finished within {seconds:g} s")
+            raise RuntimeError(f"only {found} of {count} were {status} within {seconds:g} s")
         time.sleep(0.25)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +52,32 @@ def fanout(database: Database, processes: int, children: int) -> float:
         if joined != children:
             raise RuntimeError(f"{joined} of {children} children were done at the join")
     return children / seconds
+
+
+def signals(database: Database, processes: int, parked: int, senders: int = 8) -> Mapping[str, float]:
+    """Return signals per second, from the first one sent to the last woken instance done.
+
+    Once from `senders` threads calling `app.signal`, once from one that calls `signal_many` in hundreds.
+    """
+    figures = {}
+    with cluster(database, processes) as (app, known):
+        app.conf.pool_size = senders
+        known["noop"].delay().get(timeout=30)
+        for name in (f"{senders} senders", "signal_many"):
+            database.empty()
+            ids = [result.id for result in app.insert_many([(known["sleeper"], {})] * parked)]
+            wait_for_count(database, parked, "awaiting_signal")
+            began = time.monotonic()
+            if name == "signal_many":
+                for at in range(0, parked, 100):
+                    app.signal_many({"target": target, "name": "wake", "payload": 1} for target in ids[at : at + 100])
+            else:
+                with ThreadPoolExecutor(senders) as pool:
+                    list(pool.map(lambda target: app.signal(target, "wake", 1), ids))
+            figures[f"{name}, sent"] = parked / (time.monotonic() - began)
+            wait_for_count(database, parked)
+            figures[f"{name}, woken and done"] = parked / (time.monotonic() - began)
+    return figures
 
 
 def latency(database: Database, processes: int, count: int = 200) -> Mapping[str, float]:
