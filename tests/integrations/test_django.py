@@ -128,9 +128,12 @@ def test_with_autocommit_off_the_transaction_carries_the_notification(
 ) -> None:
     transaction.set_autocommit(False)
     task.apply_async(connection=default)
+    assert (count(rows), ear.heard()) == (0, [])
+    transaction.commit()
+    assert (count(rows), ear.heard()) == (1, ["*"])
     with transaction.atomic():
         task.apply_async(connection=default)
-    assert (count(rows), ear.heard()) == (0, [])
+    assert (count(rows), ear.heard()) == (1, []), "atomic() is only a savepoint here"
     transaction.commit()
     assert (count(rows), ear.heard()) == (2, ["*"])
 
