@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy
 from psycopg import sql
 
 from durable import Durable, Task
 from durable.wakeups import queue_channel
-from tests.fix_rows import schema, shared_schema  # noqa: F401
+from tests.fix_rows import Rows, schema, shared_schema  # noqa: F401
 from tests.machines.driver import driver, drivers  # noqa: F401
 
 
@@ -36,6 +38,11 @@ class Ear:
         pytest.fail("our own notification did not arrive")
 
 
+def count(rows: Rows) -> int:
+    """How many live instances others see."""
+    return int(rows.fetch("SELECT count(*) AS n FROM {schema}.instances")[0]["n"])
+
+
 @pytest.fixture
 def ear(database: str, schema: str) -> Iterator[Ear]:  # noqa: F811
     ear = Ear(database, schema)
@@ -54,3 +61,16 @@ def away(schema: str) -> Iterator[Durable]:  # noqa: F811
     app = Durable("away", dsn="postgresql://127.0.0.1:1/none", schema=schema, connect_timeout=0.5)
     yield app
     app.close()
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[sqlalchemy.Engine]:
+    """One with a JSON format of its own, which must not become ours."""
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(database),
+        json_serializer=lambda value: json.dumps(["theirs", value]),
+        json_deserializer=lambda text: ["theirs", text],
+    )
+    yield engine
+    engine.dispose()

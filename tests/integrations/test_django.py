@@ -22,7 +22,7 @@ from psycopg.conninfo import conninfo_to_dict
 from durable import DuplicateError, Durable, Task
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError
 from tests.fix_rows import Rows
-from tests.integrations.conftest import Ear
+from tests.integrations.conftest import Ear, count
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,10 +60,6 @@ def closed(configured: None) -> Iterator[None]:
 @pytest.fixture(params=["default", "bound"])
 def alias(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def count(rows: Rows) -> int:
-    return int(rows.fetch("SELECT count(*) AS n FROM {schema}.instances")[0]["n"])
 
 
 def test_atomic_s_commit_makes_it_exist_and_then_notifies_once(

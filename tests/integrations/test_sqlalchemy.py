@@ -1,25 +1,22 @@
-"""SQLAlchemy's connections and sessions as `connection=`: one transaction with the caller's rows, wake-ups after it."""
+"""SQLAlchemy's sessions as `connection=`: one transaction with the caller's rows, wake-ups after it."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import psycopg
 import pytest
 import sqlalchemy
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from durable import Await, Done, DuplicateError, Durable, Machine, Task, step
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError, NoTargetError
 from tests.fix_rows import Rows
-from tests.integrations.conftest import Ear
+from tests.integrations.conftest import Ear, count
 from tests.machines.driver import Driver
 
 
@@ -35,28 +32,9 @@ class Order(Base):
 
 
 @pytest.fixture
-def engine(database: str) -> Iterator[sqlalchemy.Engine]:
-    engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(database),
-        json_serializer=lambda value: json.dumps(["theirs", value]),
-        json_deserializer=lambda text: ["theirs", text],
-    )
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def session(engine: sqlalchemy.Engine) -> Iterator[Session]:
     with Session(engine) as session:
         yield session
-
-
-def count(rows: Rows) -> int:
-    return int(rows.fetch("SELECT count(*) AS n FROM {schema}.instances")[0]["n"])
-
-
-# Session
 
 
 def test_a_session_s_commit_makes_it_exist_and_then_notifies(
@@ -301,105 +279,3 @@ def test_an_engine_that_can_t_connect_is_the_database_away(task: Task[..., Any])
     engine = sqlalchemy.create_engine("postgresql+psycopg://127.0.0.1:1/none")
     with Session(engine) as session, pytest.raises(DatabaseUnavailableError, match="refused"):
         task.apply_async(connection=session)
-
-
-# Connection
-
-
-def test_a_connection_s_commit_makes_it_exist_and_notifies(
-    task: Task[..., Any], engine: sqlalchemy.Engine, rows: Rows, ear: Ear
-) -> None:
-    with engine.connect() as connection:
-        result = task.apply_async(connection=connection)
-        task.apply_async(connection=connection)
-        assert connection.in_transaction(), "as after a statement of its own"
-        assert (count(rows), ear.heard()) == (0, [])
-        connection.commit()
-        assert (result.status, ear.heard()) == ("runnable", ["*"])
-    with engine.begin() as connection:
-        connection.execute(text("SELECT 1"))
-        task.apply_async(connection=connection)
-    assert (count(rows), ear.heard()) == (3, ["*"])
-
-
-def test_what_a_connection_rolls_back_leaves_nothing(
-    task: Task[..., Any], engine: sqlalchemy.Engine, rows: Rows, ear: Ear
-) -> None:
-    with engine.connect() as connection:
-        task.apply_async(connection=connection)
-        connection.rollback()
-        task.apply_async(connection=connection)
-    with contextlib.suppress(ZeroDivisionError), engine.begin() as connection:
-        task.apply_async(connection=connection)
-        1 / 0
-    with engine.begin() as connection:
-        with connection.begin_nested() as savepoint:
-            task.apply_async(connection=connection)
-            savepoint.rollback()
-        connection.execute(text("SELECT 1"))
-    assert (count(rows), ear.heard()) == (0, [])
-
-
-def test_a_connection_may_leave_waking_to_the_poll(
-    task: Task[..., Any], engine: sqlalchemy.Engine, rows: Rows, ear: Ear
-) -> None:
-    with engine.begin() as connection:
-        task.apply_async(connection=connection, notify_in_transaction=False)
-    assert (count(rows), ear.heard()) == (1, [])
-
-
-def test_sqlalchemy_s_commit_event_of_a_connection_comes_before_the_commit(
-    engine: sqlalchemy.Engine, rows: Rows, task: Task[..., Any]
-) -> None:
-    """Why a Connection's own transaction carries the wake-ups: there is no event after it."""
-    seen = []
-    with engine.connect() as connection:
-        event.listen(connection, "commit", lambda _: seen.append(count(rows)))
-        task.apply_async(connection=connection)
-        connection.commit()
-    assert (seen, count(rows)) == ([0], 1)
-
-
-def test_an_autocommit_connection_commits_and_notifies_at_once(
-    app: Durable, task: Task[..., Any], engine: sqlalchemy.Engine, rows: Rows, ear: Ear
-) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        app.insert_many([(task, {})] * 2, connection=connection)
-        assert (count(rows), ear.heard()) == (2, ["default:2:0"])
-        with connection.begin():
-            task.apply_async(connection=connection)
-        assert count(rows) == 3
-
-
-def test_a_closed_connection_and_an_inactive_transaction_are_refused(
-    task: Task[..., Any], engine: sqlalchemy.Engine
-) -> None:
-    with engine.connect() as connection:
-        with pytest.raises(sqlalchemy.exc.DataError):
-            connection.execute(text("SELECT 1 / 0"))
-        with pytest.raises(ConnectionUsageError, match="in a failed transaction; roll it back first"):
-            task.apply_async(connection=connection)
-        connection.rollback()
-        transaction, savepoint = connection.begin(), connection.begin_nested()
-        transaction.rollback()
-        assert not savepoint.is_active
-        assert task.apply_async(connection=connection).id
-    with pytest.raises(ConnectionUsageError, match="connection= is closed"):
-        task.apply_async(connection=connection)
-
-
-def test_another_driver_is_named_with_the_remedy(task: Task[..., Any]) -> None:
-    engine = sqlalchemy.create_engine("sqlite://")
-    message = r"speaks sqlite\+pysqlite; make its engine with create_engine\('postgresql\+psycopg://"
-    with engine.connect() as connection, pytest.raises(ConnectionUsageError, match=message):
-        task.apply_async(connection=connection)
-    with Session(engine) as session:
-        with pytest.raises(ConnectionUsageError, match=message):
-            task.apply_async(connection=session)
-        assert not session.in_transaction()
-    engine.dispose()
-
-
-def test_an_engine_is_not_a_connection(task: Task[..., Any], engine: sqlalchemy.Engine) -> None:
-    with pytest.raises(ConnectionUsageError, match="got Engine; a SQLAlchemy Connection or Session or a Django"):
-        task.apply_async(connection=engine)

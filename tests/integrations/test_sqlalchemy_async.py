@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from durable import DuplicateError, Durable, Task
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError
 from tests.fix_rows import Rows
-from tests.integrations.conftest import Ear
+from tests.integrations.conftest import Ear, count
 
 Main = Callable[[AsyncEngine], Awaitable[None]]
 
@@ -37,10 +37,6 @@ def run(database: str) -> Callable[[Main], None]:
         asyncio.run(all_of_it())
 
     return run
-
-
-def count(rows: Rows) -> int:
-    return int(rows.fetch("SELECT count(*) AS n FROM {schema}.instances")[0]["n"])
 
 
 def test_an_async_session_s_commit_makes_it_exist_and_then_notifies(
