@@ -164,8 +164,10 @@ class Task(Generic[P, R]):
         correlation_scope   statuses in which the key counts as occupied besides the live ones; () never
         max_attempts        instead of the task's
         on_conflict         when the key is occupied: "raise" DuplicateError, or "return" the occupant's result
-        connection          a psycopg connection: the instance exists if and only if its transaction commits
-        notify_in_transaction  whether that transaction also wakes workers (a poll finds the row otherwise)
+        connection          of psycopg, SQLAlchemy (or its session) or Django: the instance exists if and only if its
+                            transaction commits
+        notify_in_transaction  whether a transaction without an after-commit hook wakes workers itself (a poll finds the
+                            row otherwise)
         Raises ValidationError and what `delay` raises; DuplicateError when the key is occupied.
         """
         new = self.new(
@@ -194,7 +196,7 @@ class Task(Generic[P, R]):
         eta: datetime | None = None,
         **options: Any,
     ) -> AsyncResult[R]:
-        """`apply_async` for coroutines; `connection` is then a psycopg AsyncConnection."""
+        """`apply_async` for coroutines; `connection` is then psycopg's or SQLAlchemy's async one."""
         new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
         return await self._asubmit(new, connection, notify_in_transaction)
 

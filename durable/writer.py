@@ -1,26 +1,33 @@
 """Running a producer's writes: on a connection of our own, or inside the caller's transaction; sync or async.
 
 Ours: the write commits first, then the wake-ups it is due go out. The caller's: the write is part of the caller's
-transaction, and a raw connection has no after-commit hook, so that transaction carries the wake-ups itself (constant
-payloads, which Postgres sends once), or none.
+transaction. Where somebody tells of its commit, the wake-ups go out after that, on a connection of ours; a raw
+connection has no such hook, so that its transaction carries them itself (constant payloads, which Postgres sends
+once), or none.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import psycopg
 
-from durable.errors import ConnectionUsageError
+from durable.callers import aaccept, accept
 from durable.sql import Statements
 from durable.storage.pool import ProducerPool
 from durable.storage.session import Operation, arun, run, translated
 
 T = TypeVar("T")
 _IDLE = psycopg.pq.TransactionStatus.IDLE
+
+log = logging.getLogger(__name__)
+_NOT_NOTIFIED = "workers could not be notified after a commit; they will find the rows at their next poll"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class Writer:
         self._sql = sql
 
     def write(self, write: Write[T], connection: Any = None, notify_in_transaction: bool = True) -> T:
-        """Run a write and return what its operation returns; `connection` is the caller's psycopg Connection.
+        """Run a write and return what its operation returns; `connection` is the caller's: see `callers`.
 
         Raises ConnectionUsageError, DatabaseUnavailableError, SchemaError, and what the operation raises.
         """
@@ -58,16 +65,24 @@ class Writer:
                 for wakeup in write.wakeups(value):
                     run(own, self._sql, wakeup)
             return value
-        _usable(connection, psycopg.Connection)
         with translated(self._sql.schema):
-            with connection.transaction() if write.atomic and connection.autocommit else nullcontext():
-                value = run(connection, self._sql, write.operation, foreign=True)
-            for wakeup in _foreign_wakeups(connection, write, value, notify_in_transaction):
-                run(connection, self._sql, wakeup, foreign=True)
+            caller = accept(connection)
+            theirs = caller.connection
+            with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
+                value = run(theirs, self._sql, write.operation, foreign=True)
+            wakeups: Sequence[Operation[Any]] = ()
+            if theirs.info.transaction_status == _IDLE:
+                wakeups = write.wakeups(value)  # it has committed already
+            elif caller.after_commit is not None:
+                caller.after_commit(partial(self._notify, write, value))
+            elif notify_in_transaction:
+                wakeups = write.inside(value)
+            for wakeup in wakeups:
+                run(theirs, self._sql, wakeup, foreign=True)
         return value
 
     async def awrite(self, write: Write[T], connection: Any = None, notify_in_transaction: bool = True) -> T:
-        """`write` for coroutines; `connection` is a psycopg AsyncConnection."""
+        """`write` for coroutines; `connection` is one for coroutines."""
         if connection is None:
             async with self._pool.aconnection() as own:
                 async with own.transaction() if write.atomic else nullcontext():
@@ -75,33 +90,45 @@ class Writer:
                 for wakeup in write.wakeups(value):
                     await arun(own, self._sql, wakeup)
             return value
-        _usable(connection, psycopg.AsyncConnection)
         with translated(self._sql.schema):
-            async with connection.transaction() if write.atomic and connection.autocommit else nullcontext():
-                value = await arun(connection, self._sql, write.operation, foreign=True)
-            for wakeup in _foreign_wakeups(connection, write, value, notify_in_transaction):
-                await arun(connection, self._sql, wakeup, foreign=True)
+            caller = await aaccept(connection)
+            theirs = caller.connection
+            async with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
+                value = await arun(theirs, self._sql, write.operation, foreign=True)
+            wakeups: Sequence[Operation[Any]] = ()
+            if theirs.info.transaction_status == _IDLE:
+                wakeups = write.wakeups(value)  # it has committed already
+            elif caller.after_commit is not None:
+                caller.after_commit(partial(self._notify_aside, write, value))
+            elif notify_in_transaction:
+                wakeups = write.inside(value)
+            for wakeup in wakeups:
+                await arun(theirs, self._sql, wakeup, foreign=True)
         return value
 
+    def _notify(self, write: Write[T], value: T) -> None:
+        """After a caller's commit: send the wake-ups of what it has made visible."""
+        self._send(write.wakeups(value))
 
-def _foreign_wakeups(
-    connection: Any, write: Write[T], value: T, notify_in_transaction: bool
-) -> Sequence[Operation[Any]]:
-    if connection.info.transaction_status == _IDLE:
-        return write.wakeups(value)  # it has committed already
-    return write.inside(value) if notify_in_transaction else ()
+    def _notify_aside(self, write: Write[T], value: T) -> None:
+        """`_notify` in the middle of a coroutine's commit, which must not wait for a connection of ours.
 
+        By the sync pool in a thread of the event loop's executor, which the end of the loop waits for. A task on the
+        loop would be cut off there, and would open an async pool in a program that may never close one.
+        """
+        wakeups = write.wakeups(value)
+        if wakeups:
+            try:
+                asyncio.get_running_loop().run_in_executor(None, self._send, wakeups)
+            except RuntimeError:  # the loop is going down
+                log.exception(_NOT_NOTIFIED)
 
-def _usable(connection: Any, kind: type[Any]) -> None:
-    if not isinstance(connection, kind):
-        raise ConnectionUsageError(
-            f"connection= must be a {kind.__module__}.{kind.__name__}, got {type(connection).__name__}"
-        )
-    if connection.closed:
-        raise ConnectionUsageError("connection= is closed")
-    if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
-        raise ConnectionUsageError("connection= is in a failed transaction; roll it back first")
-    if connection.info.encoding != "utf-8":
-        raise ConnectionUsageError(
-            f"connection= has client_encoding {connection.info.encoding}; open it with client_encoding='utf8'"
-        )
+    def _send(self, wakeups: Sequence[Operation[Any]]) -> None:
+        """Send wake-ups for a commit of somebody else, who must not fail for them."""
+        if wakeups:
+            try:
+                with self._pool.connection() as own:
+                    for wakeup in wakeups:
+                        run(own, self._sql, wakeup)
+            except Exception:
+                log.exception(_NOT_NOTIFIED)
