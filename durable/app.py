@@ -230,6 +230,8 @@ class Durable(Registry):
 
     async def afetch(self, instance_id: int) -> Snapshot | None:
         """`fetch` for coroutines."""
+        if self._pool.borrowed is not None:
+            return self.fetch(instance_id)
         async with self._pool.aconnection() as connection:
             return await arun(connection, self.sql, instances.snapshot(instance_id))
 
@@ -260,9 +262,9 @@ class Durable(Registry):
         """Return the checked row for a task, a machine or the name of one, with the options of `insert`."""
         return self._resolve(target).new(**options)
 
-    def run(self, operation: Operation[T]) -> T:
-        """Run a storage operation on a connection of the producer's pool."""
-        with self._pool.connection() as connection:
+    def run(self, operation: Operation[T], own: bool = False) -> T:
+        """Run a storage operation on a connection of the producer's pool; `own`: not on a borrowed one."""
+        with self._pool.connection(own) as connection:
             return run(connection, self.sql, operation)
 
     @cached_property
@@ -299,16 +301,17 @@ class Durable(Registry):
     def _watcher(self) -> Watcher:
         # By process: a forked child has the parent's object but not its thread.
         pid = os.getpid()
-        watcher = self._watchers.get(pid)
-        if watcher is None:
-            watcher = self._watchers[pid] = Watcher(
-                lambda ids: self.run(instances.finished(ids)), self.fetch, self._send_owed_wakeups
+        if pid not in self._watchers:
+            self._watchers[pid] = Watcher(
+                lambda ids: self.run(instances.finished(ids), own=True),  # its thread must not touch a borrowed one
+                lambda instance_id: self.run(instances.snapshot(instance_id), own=True),
+                self._send_owed_wakeups,
             )
-        return watcher
+        return self._watchers[pid]
 
     def _send_owed_wakeups(self) -> None:
         for operation in self.wakeups.owed():
-            self.run(operation)
+            self.run(operation, own=True)
 
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)

@@ -13,6 +13,7 @@ __all__ = [
     "CorruptRowError",
     "DatabaseUnavailableError",
     "DefinitionError",
+    "DrainError",
     "DuplicateError",
     "DurableError",
     "EmbeddedServerError",
@@ -53,6 +54,17 @@ class SchemaError(DurableError):
 
 class DefinitionError(DurableError):
     """A task is defined wrongly: a name used twice, a lambda, a bad option."""
+
+
+class DrainError(DurableError):
+    """A drain of `durable.testing` did not come to rest within `max_steps`.
+
+    tally  what it did until then
+    """
+
+    def __init__(self, message: str, tally: dict[str, int]) -> None:
+        super().__init__(message)
+        self.tally = tally
 
 
 class UnknownTaskError(DurableError, LookupError):

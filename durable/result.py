@@ -134,6 +134,8 @@ class AsyncResult(Generic[R]):
             waiter = self._source.wait_for(self.id)
             try:
                 self._keep(waiter.result(seconds))
+            except ResultTimeout:
+                raise
             except TimeoutError:
                 raise self._timed_out(seconds) from None
             finally:
@@ -150,6 +152,8 @@ class AsyncResult(Generic[R]):
             waiter = self._source.wait_for(self.id)
             try:
                 self._keep(await _wrapped(waiter, seconds))
+            except ResultTimeout:
+                raise
             except TimeoutError:
                 raise self._timed_out(seconds) from None
             finally:

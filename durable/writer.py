@@ -60,7 +60,8 @@ class Writer:
         """
         if connection is None:
             with self._pool.connection() as own:
-                with own.transaction() if write.atomic else nullcontext():
+                inside = own.info.transaction_status != _IDLE  # a borrowed one: an error must not end its transaction
+                with own.transaction() if write.atomic or inside else nullcontext():
                     value = run(own, self._sql, write.operation)
                 for wakeup in write.wakeups(value):
                     run(own, self._sql, wakeup)
@@ -84,6 +85,8 @@ class Writer:
     async def awrite(self, write: Write[T], connection: Any = None, notify_in_transaction: bool = True) -> T:
         """`write` for coroutines; `connection` is one for coroutines."""
         if connection is None:
+            if self._pool.borrowed is not None:
+                return self.write(write)
             async with self._pool.aconnection() as own:
                 async with own.transaction() if write.atomic else nullcontext():
                     value = await arun(own, self._sql, write.operation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 PATIENCE = 1.0
@@ -22,11 +23,13 @@ class CoroutineRunner:
             asyncio.set_event_loop(self._loop)
         return self._loop.run_until_complete(coroutine)
 
-    def close(self) -> None:
-        """End the loop, and what user code has left running on it."""
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """End the loop, and what user code has left running on it; `last` is run on it before, if there is a loop."""
         if self._loop is None:
             return
         loop, self._loop = self._loop, None
+        if last is not None:
+            loop.run_until_complete(last())
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from contextvars import ContextVar
 from typing import Any
 
 from durable.errors import PayloadError
@@ -14,6 +15,9 @@ from durable.storage.claims import Commit
 
 MAX_ERROR_TEXT = 16_384
 """Characters of a message or a traceback that are kept."""
+
+raised: ContextVar[list[BaseException] | None] = ContextVar("durable_raised", default=None)
+"""Takes in what steps raise, for a caller that runs them in its own thread: a drain."""
 
 
 def failed(claimed: Claimed, error: BaseException) -> Commit:
@@ -34,6 +38,9 @@ def stopped(claimed: Claimed, reason: Any, kind: str, codec: Codec, serializer: 
 
 def log_failure(log: logging.Logger, claimed: Claimed, error: BaseException) -> None:
     """Log that a step raised; never a payload."""
+    seen = raised.get()
+    if seen is not None:
+        seen.append(error)
     log.warning(
         "step failed",
         extra={

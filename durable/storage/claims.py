@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+import psycopg
 from psycopg.types.json import Jsonb
 
 from durable.instance import TERMINAL, Claimed, NewInstance, Payload
@@ -180,11 +181,11 @@ def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str
 
 
 def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[Commit]) -> Flushed:
-    """Commit a batch of outcomes in one transaction.
+    """Commit a batch of outcomes in one transaction; in a savepoint where one is open.
 
     Raises psycopg.Error, with nothing committed (or, when the connection is lost, nothing known: see `resolve`).
     """
-    plain = all(
+    plain = connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE and all(
         commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.reports_to is None for commit in batch
     )
     return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))

@@ -48,11 +48,21 @@ class ProducerPool:
         self._lock = threading.Lock()
         self._sync: psycopg_pool.ConnectionPool[Connection] | None = None
         self._async: dict[int, tuple[weakref.ref[Any], psycopg_pool.AsyncConnectionPool[AsyncConnection]]] = {}
+        self._turn = threading.RLock()
+        self.borrowed: Connection | None = None
+        """Somebody's connection in an open transaction, lent instead of ours: see `borrowing`."""
         _pools.add(self)
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Lend an autocommit connection. Raises DatabaseUnavailableError when none is to be had in time."""
+    def connection(self, own: bool = False) -> Iterator[Connection]:
+        """Lend an autocommit connection, or the borrowed one unless it must be our own.
+
+        Raises DatabaseUnavailableError when none is to be had in time.
+        """
+        if self.borrowed is not None and not own:
+            with self._turn, translated(self._schema):
+                yield self.borrowed
+            return
         pool = self._sync or self._open()
         with translated(self._schema):
             try:
@@ -63,6 +73,15 @@ class ProducerPool:
                 yield connection
             finally:
                 pool.putconn(connection)
+
+    @contextmanager
+    def borrowing(self, connection: Connection) -> Iterator[None]:
+        """Lend this one connection to everybody, one at a time, until the block ends: a test's transaction."""
+        before, self.borrowed = self.borrowed, connection
+        try:
+            yield
+        finally:
+            self.borrowed = before
 
     @asynccontextmanager
     async def aconnection(self) -> AsyncIterator[AsyncConnection]:
@@ -150,8 +169,10 @@ class ProducerPool:
         """In a forked child: start afresh, and never touch the parent's connections."""
         _inherited.append((self._sync, self._async))
         self._lock = threading.Lock()
+        self._turn = threading.RLock()
         self._sync = None
         self._async = {}
+        self.borrowed = None
 
 
 def _check(connection: Connection) -> None:
