@@ -26,14 +26,14 @@ class NoAppError(CommandError):
     """Nothing says where the app is."""
 
 
-def find(path: str | None) -> Durable:
-    """Return the app that `path` names, else that DURABLE_APP names, else the one in the working directory.
+def find(path: str | None, source: str = "-A") -> Durable:
+    """Return the app that `path` (from `source`) names, or DURABLE_APP, else the one in the working directory.
 
     Raises CommandError with code CONFIG, NoAppError when there is nothing to go by.
     """
     _import_from_here()
     if path is not None:
-        return load(path, "-A")
+        return load(path, source)
     if os.environ.get(VARIABLE):
         return load(os.environ[VARIABLE], VARIABLE)
     here = [name for name in FILES if Path(f"{name}.py").is_file()]
