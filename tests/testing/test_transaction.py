@@ -284,6 +284,21 @@ def test_a_failed_instance_is_reported_in_it(app: Durable) -> None:
             result.get()
 
 
+def test_an_outcome_that_the_database_refuses_fails_its_instance_and_leaves_the_transaction_usable(
+    app: Durable,
+) -> None:
+    @app.task(name="note")
+    def note() -> str:
+        return "x"
+
+    with transaction(app) as own:
+        own.execute(f"ALTER TABLE {app.schema}.history ADD CONSTRAINT refused CHECK (result IS NULL)")
+        result = note.delay()
+        assert drain(app) == {"steps": 1, "failed": 1}
+        assert assert_failed(app, result, "OutcomeError", match="refused")
+        assert own.execute("SELECT 1").fetchone() == (1,)
+
+
 def test_crashing_needs_real_commits(app: Durable) -> None:
     with transaction(app), pytest.raises(DurableError, match="real commits"):
         crash_every_commit(app, lambda app: None)
