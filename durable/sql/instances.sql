@@ -120,6 +120,10 @@ SET cancel_requested = true,
 FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
 
+-- name: cancel_asked
+-- Whether a claim was asked to end. Params: id bigint, token int. Rows: bool; none: the claim is not there any more.
+SELECT cancel_requested FROM {schema}.instances WHERE id = %(id)s AND token = %(token)s AND status = 'executing';
+
 -- name: rival
 -- A finished instance's correlation key, and who occupies it. Params: id bigint. Rows: correlation_key, id.
 SELECT h.correlation_key, i.id

@@ -146,6 +146,12 @@ def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tu
     return instance_id in found, woken
 
 
+def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
+    """Tell whether a claim was asked to end, or is not there any more: then its outcome counts for nothing either."""
+    rows = yield "cancel_asked", {"id": instance_id, "token": token}
+    return not rows or bool(rows[0][0])
+
+
 def end(ids: Sequence[int]) -> Operation[dict[str, int]]:
     """Finish what ended these rows, in the same transaction: lower barriers, clear inboxes, move them to history.
 
