@@ -48,6 +48,8 @@ class ResultSource(Protocol):
     def decode_result(self, snapshot: Snapshot) -> Any: ...
     def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
     async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
+    def retry(self, instance_id: int) -> bool: ...
+    async def aretry(self, instance_id: int) -> bool: ...
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool: ...
     def read_children(
         self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
@@ -178,6 +180,19 @@ class AsyncResult(Generic[R]):
     async def acancel(self, reason: str | None = None, *, cascade: bool = False) -> bool:
         """`cancel` for coroutines."""
         return await self._source.acancel(self.id, reason, cascade=cascade)
+
+    def retry(self) -> bool:
+        """Have it go on from its failed step; as `app.retry`. This handle then follows the new run."""
+        return self._followed(self._source.retry(self.id))
+
+    async def aretry(self) -> bool:
+        """`retry` for coroutines."""
+        return self._followed(await self._source.aretry(self.id))
+
+    def _followed(self, retried: bool) -> bool:
+        if retried:
+            self._final = None
+        return retried
 
     def signal(self, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool:
         """Put a message into its inbox; as `app.signal`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from durable_cli.values import (
     KEY,
     REASON,
     TARGET,
+    lines_of_stdin,
     target,
 )
 
@@ -42,7 +42,7 @@ def cancel(
     session: Session = ctx.obj
     wanted: list[tuple[int | str, bool]] = [(key, True) for key in keys]
     for entry in targets:
-        wanted += [(read, isinstance(read, str)) for read in (_from_stdin() if entry == "-" else (entry,))]
+        wanted += [(read, isinstance(read, str)) for read in (lines_of_stdin(target) if entry == "-" else (entry,))]
     if not wanted:
         raise CommandError("give ids or correlation keys, or `-` to read them from stdin", USAGE)
     app = session.database()
@@ -61,17 +61,6 @@ def cancel(
     ctx.exit(FAILED if failed else 0)
 
 
-def _from_stdin() -> list[int | str]:
-    found: list[int | str] = []
-    for number, line in enumerate(sys.stdin or (), 1):
-        if line.strip():
-            try:
-                found.append(target(line.strip()))
-            except ValueError as error:
-                raise CommandError(f"stdin, line {number}: {error}", USAGE) from error
-    return found
-
-
 def _cancel_one(
     app: Durable, connection: Connection, wanted: int | str, by_key: bool, reason: str, cascade: bool
 ) -> dict[str, Any]:
@@ -80,13 +69,13 @@ def _cancel_one(
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    cancelled, woken = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade))
-    for wakeup in app.wakeups.became_ready(woken):
+    done = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade))
+    for wakeup in app.wakeups.became_ready(done.woken):
         run(connection, app.sql, wakeup)
     found = run(connection, app.sql, instances.snapshot(report["id"]))
     if found is None:
         return {**report, "outcome": "not found"}
-    if not cancelled:
+    if not done.found:
         return {**report, "outcome": f"finished already: {found.status}"}
     ended = found.status == "cancelled"
     return {**report, "cancelled": True, "outcome": "cancelled" if ended else "will be cancelled when its step ends"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
 
@@ -129,11 +130,15 @@ def occupant(correlation_key: str) -> Operation[int | None]:
     return int(rows[0][0]) if rows else None
 
 
-def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tuple[bool, dict[str, int]]]:
-    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction.
+class Cancelled(NamedTuple):
+    """What a cancel did: whether there was anything to cancel, and how many parents went on for it, per queue."""
 
-    Returns whether there was anything to cancel, and how many parents went on for it, per queue.
-    """
+    found: bool = False
+    woken: Mapping[str, int] = MappingProxyType({})
+
+
+def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[Cancelled]:
+    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction."""
     error = Jsonb({"type": "Cancelled", "message": reason})
     found: dict[int, str] = {}
     while True:
@@ -143,7 +148,7 @@ def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tu
         if not cascade or len(found) == known:
             break
     woken = yield from end([row for row, status in found.items() if status == "cancelled"])
-    return instance_id in found, woken
+    return Cancelled(instance_id in found, woken)
 
 
 def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
