@@ -179,17 +179,22 @@ class Durable(Registry):
         write = self._delivery(new_signals(self.codec.encode, messages))
         return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
-    def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
+    def cancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool:
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
 
         A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
-        cascade  its children and theirs too
+        cascade    its children and theirs too
+        terminate  the worker process that runs the step is killed for it
         """
-        return self._control.cancel(target, reason, cascade)
+        return self._control.cancel(target, reason, cascade, terminate)
 
-    async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
+    async def acancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool:
         """`cancel` for coroutines."""
-        return await self._control.acancel(target, reason, cascade)
+        return await self._control.acancel(target, reason, cascade, terminate)
 
     def retry(self, instance_id: int) -> bool:
         """Have a failed instance go on from its failed step, under the same id; False when it is not failed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psycopg
 
 from durable import validation
@@ -20,13 +22,13 @@ class Control:
         self._writer = writer
         self._wakeups = wakeups
 
-    def cancel(self, target: int | str, reason: str | None, cascade: bool) -> bool:
+    def cancel(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> bool:
         """Return whether there was anything to cancel."""
-        return self._writer.write(self._cancelling(target, reason, cascade)).found
+        return self._writer.write(self._cancelling(target, reason, cascade, terminate)).found
 
-    async def acancel(self, target: int | str, reason: str | None, cascade: bool) -> bool:
+    async def acancel(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> bool:
         """`cancel` for coroutines."""
-        return (await self._writer.awrite(self._cancelling(target, reason, cascade))).found
+        return (await self._writer.awrite(self._cancelling(target, reason, cascade, terminate))).found
 
     def retry(self, instance_id: int) -> bool:
         """Return whether it was failed. Raises DuplicateError."""
@@ -44,22 +46,29 @@ class Control:
         except psycopg.errors.UniqueViolation as error:
             raise DuplicateError(*await self._writer.awrite(_asking_rival(instance_id))) from error
 
-    def _cancelling(self, target: int | str, reason: str | None, cascade: bool) -> Write[Cancelled]:
+    def _cancelling(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> Write[Cancelled]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
         if isinstance(target, str):
-            operation = _cancel_key(validation.text(target, "correlation_key"), text, cascade)
+            operation = _cancel_key(validation.text(target, "correlation_key"), text, cascade, terminate)
         else:
-            operation = instances.cancel(validation.instance_id(target), text, cascade)
-        return Write(operation, lambda outcome: self._wakeups.became_ready(outcome.woken), lambda _: ())
+            operation = instances.cancel(validation.instance_id(target), text, cascade, terminate)
+
+        def wakeups(done: Cancelled) -> list[Operation[Any]]:
+            killing = self._wakeups.terminations() if terminate and done.running else []
+            return [*self._wakeups.became_ready(done.woken), *killing]
+
+        return Write(operation, wakeups, lambda _: ())
 
     def _retrying(self, instance_id: int) -> Write[dict[str, int] | None]:
         operation = instances.retry_failed(validation.instance_id(instance_id))
         return Write(operation, lambda ready: self._wakeups.became_ready(ready or {}), lambda _: (), atomic=False)
 
 
-def _cancel_key(key: str, reason: str, cascade: bool) -> Operation[Cancelled]:
+def _cancel_key(key: str, reason: str, cascade: bool, terminate: bool) -> Operation[Cancelled]:
     instance_id = yield from instances.occupant(key)
-    return Cancelled() if instance_id is None else (yield from instances.cancel(instance_id, reason, cascade))
+    if instance_id is None:
+        return Cancelled()
+    return (yield from instances.cancel(instance_id, reason, cascade, terminate))
 
 
 def _asking_rival(instance_id: int) -> Write[tuple[str, int | None]]:

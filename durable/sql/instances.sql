@@ -88,7 +88,7 @@ FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NO
 -- Cancel a waiting or parked instance at once, or ask the one that executes it; with `cascade` its live descendants too.
 -- Nothing happens to what is finished. An outcome that commits first wins: it holds the row's lock.
 -- Children that a parent schedules at this moment are not seen: with `cascade` it is repeated until it finds no more.
--- Params: id bigint, cascade bool, error jsonb. Rows: id, status.
+-- Params: id bigint, cascade bool, terminate bool (kill what executes), error jsonb. Rows: id, status.
 -- Locks: the rows and the parent that the first reports to, in id order, as a flush does.
 WITH RECURSIVE family AS (
     SELECT id FROM {schema}.instances WHERE id = %(id)s
@@ -113,6 +113,7 @@ WITH RECURSIVE family AS (
 )
 UPDATE {schema}.instances AS i
 SET cancel_requested = true,
+    terminate_requested = i.terminate_requested OR %(terminate)s,
     status = CASE WHEN i.status = 'executing' THEN i.status ELSE 'cancelled' END,
     finished_at = CASE WHEN i.status = 'executing' THEN NULL ELSE clock_timestamp() END,
     error = CASE WHEN i.cancel_requested THEN i.error ELSE %(error)s END,
@@ -143,8 +144,8 @@ WITH gone AS (
 ), kept AS (
     UPDATE {schema}.instances
     SET status = 'runnable', eligible_at = clock_timestamp(), finished_at = NULL, attempt = 0, crashes = 0,
-        result_type = NULL, result = NULL, cancel_requested = false, expires_at = NULL, inbox = false, awaits = NULL,
-        shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
+        result_type = NULL, result = NULL, cancel_requested = false, terminate_requested = false,
+        expires_at = NULL, inbox = false, awaits = NULL, shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
     WHERE id = %(id)s AND status = 'failed'
     RETURNING id, queue
 ), back AS (

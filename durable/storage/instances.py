@@ -131,24 +131,33 @@ def occupant(correlation_key: str) -> Operation[int | None]:
 
 
 class Cancelled(NamedTuple):
-    """What a cancel did: whether there was anything to cancel, and how many parents went on for it, per queue."""
+    """What a cancel did.
+
+    found    whether there was anything to cancel
+    woken    how many parents went on for it, per queue
+    running  whether something executes, and ends later
+    """
 
     found: bool = False
     woken: Mapping[str, int] = MappingProxyType({})
+    running: bool = False
 
 
-def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[Cancelled]:
-    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction."""
+def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool = False) -> Operation[Cancelled]:
+    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction.
+
+    terminate  have the process killed that executes one
+    """
     error = Jsonb({"type": "Cancelled", "message": reason})
     found: dict[int, str] = {}
     while True:
-        rows = yield "cancel", {"id": instance_id, "cascade": cascade, "error": error}
+        rows = yield "cancel", {"id": instance_id, "cascade": cascade, "terminate": terminate, "error": error}
         known = len(found)
         found.update(rows)
         if not cascade or len(found) == known:
             break
     woken = yield from end([row for row, status in found.items() if status == "cancelled"])
-    return Cancelled(instance_id in found, woken)
+    return Cancelled(instance_id in found, woken, "executing" in found.values())
 
 
 def cancel_asked(instance_id: int, token: int) -> Operation[bool]:

@@ -162,6 +162,18 @@ def test_cancel_reports_each_and_fails_if_one_could_not_be(
     assert ended.json["error"]["message"] == "too late"
 
 
+def test_cancel_says_what_becomes_of_one_that_is_terminated(
+    durable: Callable[..., Ran], call: Callable[..., int], connection: Connection, schema: str
+) -> None:
+    waiting, running = (call("tasks.add", "--args", "[1]") for _ in range(2))
+    set_status(connection, schema, running, "executing")
+    ran = durable("cancel", str(waiting), str(running), "--terminate", "--json")
+    assert ran.code == 0
+    assert [entry["outcome"] for entry in ran.json] == ["cancelled", "is killed, and then cancelled"]
+    asked = connection.execute(f"SELECT id FROM {schema}.instances WHERE terminate_requested").fetchall()
+    assert asked == [(running,)]
+
+
 def test_cancel_reads_ids_from_stdin_and_skips_blank_lines(
     durable: Callable[..., Ran], call: Callable[..., int]
 ) -> None:
