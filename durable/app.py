@@ -185,7 +185,7 @@ class Durable(Registry):
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
 
         A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
-        cascade    its children and theirs too
+        cascade    its children and theirs too, also those that outlived it; then False says that none of them was live
         terminate  the worker process that runs the step is killed for it
         """
         return self._control.cancel(target, reason, cascade, terminate)

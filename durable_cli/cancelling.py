@@ -85,6 +85,9 @@ def _cancel_one(
         return {**report, "outcome": "not found"}
     if not done.found:
         return {**report, "outcome": f"finished already: {found.status}"}
+    if not done.itself:
+        outcome = f"finished already: {found.status}; what lived of its children is cancelled"
+        return {**report, "cancelled": True, "outcome": outcome}
     if found.status == "cancelled":
         return {**report, "cancelled": True, "outcome": "cancelled"}
     outcome = "is killed, and then cancelled" if terminate else "will be cancelled when its step ends"

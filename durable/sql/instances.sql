@@ -91,7 +91,9 @@ FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NO
 -- Params: id bigint, cascade bool, terminate bool (kill what executes), error jsonb. Rows: id, status.
 -- Locks: the rows and the parent that the first reports to, in id order, as a flush does.
 WITH RECURSIVE family AS (
-    SELECT id FROM {schema}.instances WHERE id = %(id)s
+    (SELECT id FROM {schema}.instances WHERE id = %(id)s
+     UNION ALL
+     SELECT id FROM {schema}.history WHERE id = %(id)s AND children_round > 0 AND %(cascade)s)
     UNION ALL
     -- Lateral, so that each generation is read through the children's indexes, whatever the statistics.
     SELECT c.id
@@ -228,11 +230,27 @@ LEFT JOIN (
     WHERE kind = 'worker' AND dead_at IS NULL AND expires_at > clock_timestamp() GROUP BY queue) AS w USING (queue)
 ORDER BY q.queue;
 
--- name: totals
--- Live and finished instances by status. Rows: status, count.
-SELECT status::text, count(*)
-FROM (SELECT status FROM {schema}.instances UNION ALL SELECT status FROM {schema}.history) AS every
-GROUP BY status ORDER BY status;
+-- name: live_totals
+-- The live table's instances by status; finished ones that keep a key are among them. Rows: status, count.
+SELECT status::text, count(*) FROM {schema}.instances GROUP BY status;
+
+-- name: history_totals
+-- The history's instances by status, counted up to a limit: one more than it says that there are more.
+-- Params: most bigint. Rows: status, count.
+SELECT 'done', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'done' LIMIT %(most)s::bigint + 1) AS found
+UNION ALL
+SELECT 'failed', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'failed' LIMIT %(most)s::bigint + 1) AS found
+UNION ALL
+SELECT 'cancelled', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'cancelled' LIMIT %(most)s::bigint + 1) AS found;
+
+-- name: history_estimate
+-- How many rows Postgres thinks the history's partitions have; those it has not looked at yet count nothing. Rows: count.
+SELECT coalesce(sum(c.reltuples) FILTER (WHERE c.reltuples > 0), 0)::bigint
+FROM pg_inherits AS h JOIN pg_class AS c ON c.oid = h.inhrelid
+WHERE h.inhparent = '{schema}.history'::regclass;
 
 -- name: recent_failures
 -- The latest failures of the last day. Params: limit bigint. Rows: id, machine, queue, finished_at, error.

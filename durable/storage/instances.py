@@ -136,16 +136,19 @@ class Cancelled(NamedTuple):
     found    whether there was anything to cancel
     woken    how many parents went on for it, per queue
     running  whether something executes, and ends later
+    itself   whether the target was live; else, with `cascade`, only what lived of its tree is cancelled
     """
 
     found: bool = False
     woken: Mapping[str, int] = MappingProxyType({})
     running: bool = False
+    itself: bool = True
 
 
 def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool = False) -> Operation[Cancelled]:
-    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction.
+    """Cancel a waiting instance, or ask an executing one. Needs a transaction.
 
+    cascade    its whole tree too, of one that is finished what still lives of it
     terminate  have the process killed that executes one
     """
     error = Jsonb({"type": "Cancelled", "message": reason})
@@ -157,7 +160,7 @@ def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool
         if not cascade or len(found) == known:
             break
     woken = yield from end([row for row, status in found.items() if status == "cancelled"])
-    return Cancelled(instance_id in found, woken, "executing" in found.values())
+    return Cancelled(bool(found), woken, "executing" in found.values(), instance_id in found)
 
 
 def cancel_asked(instance_id: int, token: int) -> Operation[bool]:

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from durable.storage import inspection
 from durable_cli import instances
 from durable_cli.loading import load
 from tests.cli.conftest import Ran, set_status
@@ -257,7 +258,25 @@ def test_queues_and_status_count(
         "executing": 1,
     }
     assert page["recent_failures"] == []
+    assert page["estimated"] == []
     assert "QUEUE" in durable("status").out
+
+
+def test_status_says_which_numbers_are_estimates(
+    durable: Callable[..., Ran],
+    call: Callable[..., int],
+    connection: Connection,
+    schema: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for _ in range(3):
+        durable("cancel", str(call("tasks.add", "--args", "[1]")))
+    connection.execute(f"UPDATE {schema}.history SET status = 'done' WHERE id < 3")
+    connection.execute(f"ANALYZE {schema}.history")
+    assert "2 done, 1 cancelled" in durable("status").out
+    monkeypatch.setattr(inspection, "COUNT_MOST", 1)
+    assert "~2 done, 1 cancelled" in durable("status").out
+    assert durable("status", "--json").json["estimated"] == ["done"]
 
 
 @pytest.mark.parametrize(
