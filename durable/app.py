@@ -19,7 +19,8 @@ from durable import validation
 from durable.batch import Batch, collecting
 from durable.config import Config
 from durable.context import Child, child_of
-from durable.errors import DuplicateError, UnknownTaskError, ValidationError
+from durable.control import Control
+from durable.errors import UnknownTaskError, ValidationError
 from durable.instance import NewInstance, NewSignal, Payload, Snapshot
 from durable.machine import Machine, MachineDefinition, definition_of
 from durable.messages import accepted, new_signal, new_signals
@@ -178,17 +179,22 @@ class Durable(Registry):
         write = self._delivery(new_signals(self.codec.encode, messages))
         return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
-    def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
+    def cancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool:
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
 
         A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
-        cascade  its children and theirs too
+        cascade    its children and theirs too, also those that outlived it; then False says that none of them was live
+        terminate  the worker process that runs the step is killed for it
         """
-        return self._writer.write(self._cancelling(target, reason, cascade))[0]
+        return self._control.cancel(target, reason, cascade, terminate)
 
-    async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool:
+    async def acancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool:
         """`cancel` for coroutines."""
-        return (await self._writer.awrite(self._cancelling(target, reason, cascade)))[0]
+        return await self._control.acancel(target, reason, cascade, terminate)
 
     def retry(self, instance_id: int) -> bool:
         """Have a failed instance go on from its failed step, under the same id; False when it is not failed.
@@ -196,12 +202,11 @@ class Durable(Registry):
         Its attempts begin again, its inbox is empty, a parent that counted its failure does not count it again.
         Raises DuplicateError when its correlation key is occupied by another.
         """
-        operation = instances.retry_failed(validation.instance_id(instance_id))
-        write = Write(operation, lambda ready: self.wakeups.became_ready(ready or {}), lambda _: (), atomic=False)
-        try:
-            return self._writer.write(write) is not None
-        except psycopg.errors.UniqueViolation as error:
-            raise DuplicateError(*self.run(instances.rival(instance_id))) from error
+        return self._control.retry(instance_id)
+
+    async def aretry(self, instance_id: int) -> bool:
+        """`retry` for coroutines."""
+        return await self._control.aretry(instance_id)
 
     def result(self, instance_id: int) -> AsyncResult[Any]:
         """Return the handle on an instance; asks nothing yet. Raises ValidationError for what is no id."""
@@ -297,6 +302,10 @@ class Durable(Registry):
     def _writer(self) -> Writer:
         return Writer(self._pool, self.sql)
 
+    @cached_property
+    def _control(self) -> Control:
+        return Control(self._writer, self.wakeups)
+
     @property
     def _watcher(self) -> Watcher:
         # By process: a forked child has the parent's object but not its thread.
@@ -342,14 +351,6 @@ class Durable(Registry):
             lambda delivery: self.wakeups.any_queue() if delivery.ready else (),
         )
 
-    def _cancelling(self, target: int | str, reason: str | None, cascade: bool) -> Write[tuple[bool, dict[str, int]]]:
-        text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
-        if isinstance(target, str):
-            operation = _cancel_key(validation.text(target, "correlation_key"), text, cascade)
-        else:
-            operation = instances.cancel(validation.instance_id(target), text, cascade)
-        return Write(operation, lambda outcome: self.wakeups.became_ready(outcome[1]), lambda _: ())
-
     def _insertion(self, new: NewInstance) -> Write[int]:
         return Write(
             instances.insert(new),
@@ -392,8 +393,3 @@ class Durable(Registry):
 
     def __repr__(self) -> str:
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"
-
-
-def _cancel_key(key: str, reason: str, cascade: bool) -> Operation[tuple[bool, dict[str, int]]]:
-    instance_id = yield from instances.occupant(key)
-    return (False, {}) if instance_id is None else (yield from instances.cancel(instance_id, reason, cascade))

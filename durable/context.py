@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,9 +14,10 @@ from functools import cached_property
 from typing import Any, Generic, Protocol
 
 from durable import validation
-from durable.errors import ConnectionUsageError
+from durable.errors import ConnectionUsageError, DatabaseUnavailableError
 from durable.instance import Claimed
 from durable.outcomes import RetryRequested
+from durable.storage import instances
 from durable.storage.claims import Commit
 
 if sys.version_info >= (3, 13):
@@ -38,6 +40,10 @@ S = TypeVar("S", default=Any)
 
 PAGE = 500
 """Children read in one statement."""
+CANCEL_LOOK = 0.1
+"""Seconds for which an answer to `cancel_requested` holds."""
+CANCEL_LOOK_AWAY = 1.0
+"""Seconds after which a database that was away is asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,8 @@ class Context(Generic[S]):
         self._begin = begin
         self.transaction: Transaction | None = None
         """What `connection` has begun, until the step ends."""
+        self._cancel_requested = False
+        self._cancel_look_at = 0.0
         self.state: S = state
         self.app = app
         self.log = _StepLogger(
@@ -225,6 +233,24 @@ class Context(Generic[S]):
 
     def _end(self) -> None:
         self.transaction = self._begin = None
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether somebody has asked this instance to end, or the claim is lost: the outcome will not count.
+
+        For long steps to look at now and then, and leave. A query on this process's producer connection, at most every
+        0.1 s (an async step's loop waits for it, about a millisecond); the answer holds in between, and a yes for ever.
+        False, with a warning in the log, while the database can't be reached.
+        """
+        now = time.monotonic()
+        if not self._cancel_requested and now >= self._cancel_look_at:
+            self._cancel_look_at = now + CANCEL_LOOK
+            try:
+                self._cancel_requested = self.app.run(instances.cancel_asked(self.id, self._claimed.token))
+            except DatabaseUnavailableError as error:
+                self._cancel_look_at = time.monotonic() + CANCEL_LOOK_AWAY
+                self.log.warning("whether it is cancelled can't be asked: %s", error)
+        return self._cancel_requested
 
     def retry(self, *, countdown: float | None = None, exc: BaseException | None = None) -> RetryRequested:
         """Return what to raise for another attempt: `raise ctx.retry(countdown=10)`.

@@ -46,8 +46,14 @@ class ResultSource(Protocol):
     def wait_for(self, instance_id: int) -> Future[Snapshot]: ...
     def stop_waiting(self, instance_id: int, waiter: Future[Snapshot]) -> None: ...
     def decode_result(self, snapshot: Snapshot) -> Any: ...
-    def cancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
-    async def acancel(self, target: int | str, reason: str | None = None, *, cascade: bool = False) -> bool: ...
+    def cancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool: ...
+    async def acancel(
+        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+    ) -> bool: ...
+    def retry(self, instance_id: int) -> bool: ...
+    async def aretry(self, instance_id: int) -> bool: ...
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool: ...
     def read_children(
         self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
@@ -175,13 +181,26 @@ class AsyncResult(Generic[R]):
         snapshot = self._final or self._keep(await self._source.afetch(self.id))
         return "not_found" if snapshot is None else snapshot.status
 
-    def cancel(self, reason: str | None = None, *, cascade: bool = False) -> bool:
-        """Cancel it: at once if it waits, else when its step ends. False when it is finished already."""
-        return self._source.cancel(self.id, reason, cascade=cascade)
+    def cancel(self, reason: str | None = None, *, cascade: bool = False, terminate: bool = False) -> bool:
+        """Cancel it, as `app.cancel` does. False when it is finished already."""
+        return self._source.cancel(self.id, reason, cascade=cascade, terminate=terminate)
 
-    async def acancel(self, reason: str | None = None, *, cascade: bool = False) -> bool:
+    async def acancel(self, reason: str | None = None, *, cascade: bool = False, terminate: bool = False) -> bool:
         """`cancel` for coroutines."""
-        return await self._source.acancel(self.id, reason, cascade=cascade)
+        return await self._source.acancel(self.id, reason, cascade=cascade, terminate=terminate)
+
+    def retry(self) -> bool:
+        """Have it go on from its failed step; as `app.retry`. This handle then follows the new run."""
+        return self._followed(self._source.retry(self.id))
+
+    async def aretry(self) -> bool:
+        """`retry` for coroutines."""
+        return self._followed(await self._source.aretry(self.id))
+
+    def _followed(self, retried: bool) -> bool:
+        if retried:
+            self._final = None
+        return retried
 
     def signal(self, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool:
         """Put a message into its inbox; as `app.signal`."""

@@ -21,6 +21,8 @@ INTERVAL = 0.05
 """Seconds between two notifications of one queue by one process."""
 ANY_QUEUE = "*"
 RESCAN = "!"
+TERMINATE = "terminate"
+"""What tells agents to look for claims whose process is to be killed."""
 _PAYLOAD = re.compile(r"([^:]+):([0-9]{1,9}):(!|-?[0-9]{1,5})")
 
 
@@ -135,6 +137,10 @@ class Wakeups:
         if not self._enabled:
             return []
         return [self._notify(self._queue_channel, payload(queue, count, None)) for queue, count in by_queue.items()]
+
+    def terminations(self) -> list[Operation[Any]]:
+        """Return the notification that a claim is to be killed."""
+        return [self._notify(self._queue_channel, TERMINATE)] if self._enabled else []
 
     def due_sooner(self) -> list[Operation[Any]]:
         """Return the notification that a row was scheduled."""

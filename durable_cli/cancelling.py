@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from durable_cli.values import (
     KEY,
     REASON,
     TARGET,
+    lines_of_stdin,
     target,
 )
 
@@ -30,26 +30,33 @@ from durable_cli.values import (
 @click.option("--key", "keys", multiple=True, type=KEY, help="A correlation key, even one that looks like an id.")
 @click.option("--reason", type=REASON, help="Kept with the instance.")
 @click.option("--cascade", is_flag=True, help="Its children and theirs too.")
+@click.option("--terminate", is_flag=True, help="Kill the worker process that runs its step.")
 @database_options
 @click.pass_context
 def cancel(
-    ctx: click.Context, targets: Sequence[int | str], keys: Sequence[str], reason: str | None, cascade: bool
+    ctx: click.Context,
+    targets: Sequence[int | str],
+    keys: Sequence[str],
+    reason: str | None,
+    cascade: bool,
+    terminate: bool,
 ) -> None:
     """Cancel instances by id or correlation key; `-` reads them from stdin, one a line.
 
-    A waiting one ends at once, an executing one when its step ends. Exit code 1 if one could not be cancelled.
+    A waiting one ends at once, an executing one when its step ends (or is killed). Exit code 1 if one could not be
+    cancelled.
     """
     session: Session = ctx.obj
     wanted: list[tuple[int | str, bool]] = [(key, True) for key in keys]
     for entry in targets:
-        wanted += [(read, isinstance(read, str)) for read in (_from_stdin() if entry == "-" else (entry,))]
+        wanted += [(read, isinstance(read, str)) for read in (lines_of_stdin(target) if entry == "-" else (entry,))]
     if not wanted:
         raise CommandError("give ids or correlation keys, or `-` to read them from stdin", USAGE)
     app = session.database()
     failed = False
     with connected(app) as connection:
         why = reason or "cancelled"
-        reports = (_cancel_one(app, connection, entry, by_key, why, cascade) for entry, by_key in wanted)
+        reports = (_cancel_one(app, connection, entry, by_key, why, cascade, terminate) for entry, by_key in wanted)
         if session.as_json:
             seen = list(reports)
             print_json(seen)
@@ -61,32 +68,27 @@ def cancel(
     ctx.exit(FAILED if failed else 0)
 
 
-def _from_stdin() -> list[int | str]:
-    found: list[int | str] = []
-    for number, line in enumerate(sys.stdin or (), 1):
-        if line.strip():
-            try:
-                found.append(target(line.strip()))
-            except ValueError as error:
-                raise CommandError(f"stdin, line {number}: {error}", USAGE) from error
-    return found
-
-
 def _cancel_one(
-    app: Durable, connection: Connection, wanted: int | str, by_key: bool, reason: str, cascade: bool
+    app: Durable, connection: Connection, wanted: int | str, by_key: bool, reason: str, cascade: bool, terminate: bool
 ) -> dict[str, Any]:
     report: dict[str, Any] = {"target": wanted, "id": None if by_key else wanted, "cancelled": False}
     if by_key:
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    cancelled, woken = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade))
-    for wakeup in app.wakeups.became_ready(woken):
+    done = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade, terminate))
+    killing = app.wakeups.terminations() if terminate and done.running else []
+    for wakeup in (*app.wakeups.became_ready(done.woken), *killing):
         run(connection, app.sql, wakeup)
     found = run(connection, app.sql, instances.snapshot(report["id"]))
     if found is None:
         return {**report, "outcome": "not found"}
-    if not cancelled:
+    if not done.found:
         return {**report, "outcome": f"finished already: {found.status}"}
-    ended = found.status == "cancelled"
-    return {**report, "cancelled": True, "outcome": "cancelled" if ended else "will be cancelled when its step ends"}
+    if not done.itself:
+        outcome = f"finished already: {found.status}; what lived of its children is cancelled"
+        return {**report, "cancelled": True, "outcome": outcome}
+    if found.status == "cancelled":
+        return {**report, "cancelled": True, "outcome": "cancelled"}
+    outcome = "is killed, and then cancelled" if terminate else "will be cancelled when its step ends"
+    return {**report, "cancelled": True, "outcome": outcome}

@@ -9,7 +9,7 @@ import click
 
 from durable.instance import STATUSES
 from durable.storage import inspection
-from durable.storage.inspection import QueueState, WorkerState
+from durable.storage.inspection import QueueState, Totals, WorkerState
 from durable.storage.session import run
 from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say, seconds
 from durable_cli.run import place
@@ -68,7 +68,8 @@ def status(session: Session) -> None:
                 "database": database,
                 "schema": app.schema,
                 "server_version": facts.version,
-                "totals": {name: totals.get(name, 0) for name in STATUSES},
+                "totals": {name: totals.counts.get(name, 0) for name in STATUSES},
+                "estimated": [name for name in STATUSES if name in totals.estimated],
                 "queues": [state._asdict() for state in queue_states],
                 "workers": [state._asdict() for state in worker_states],
                 "beats": [state._asdict() for state in beats],
@@ -80,7 +81,7 @@ def status(session: Session) -> None:
         [
             ("database", f"{database} (PostgreSQL {facts.version})"),
             ("schema", app.schema),
-            ("instances", ", ".join(f"{totals[name]:,} {name}" for name in STATUSES if name in totals) or "none"),
+            ("instances", ", ".join(_counted(totals)) or "none"),
             ("workers", _commands(worker_states) or "none: nothing runs; start `durable worker`"),
             ("beats", _commands(beats) or "none: scheduled instances may start a second late; start `durable beat`"),
         ]
@@ -95,6 +96,13 @@ def status(session: Session) -> None:
             [(failure.id, failure.machine, failure.finished_at, error_line(failure.error)) for failure in failures],
             ("id",),
         )
+
+
+def _counted(totals: Totals) -> Iterable[str]:
+    for name in STATUSES:
+        if name in totals.counts:
+            sign = "" if name not in totals.estimated else "~" if name == "done" else "over "
+            yield f"{sign}{totals.counts[name]:,} {name}"
 
 
 def _commands(states: Iterable[WorkerState]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
@@ -13,6 +14,7 @@ import click
 
 from durable import validation
 from durable.errors import ValidationError
+from durable_cli.exits import USAGE, CommandError
 
 T = TypeVar("T")
 
@@ -115,6 +117,18 @@ def _prefetch(text: str) -> str | int:
 
 def _worker_name(text: str) -> str:
     return validation.text(text, "the name", 120)
+
+
+def lines_of_stdin(check: Callable[[str], T]) -> list[T]:
+    """Return the checked lines of stdin, without blank ones. Raises CommandError that names the wrong line."""
+    found: list[T] = []
+    for number, line in enumerate(sys.stdin or (), 1):
+        if line.strip():
+            try:
+                found.append(check(line.strip()))
+            except ValueError as error:
+                raise CommandError(f"stdin, line {number}: {error}", USAGE) from error
+    return found
 
 
 INSTANCE = Checked("id", instance_id)

@@ -7,6 +7,8 @@ wake-up, and so that the supervisor needs no socket.
   that child's seat; one that lives gets a deadline, measured from before the statement was sent.
 * Notifications of a queue ring as many idle children as there are rows. The agent looks again a moment later for
   rows whose notification was saved, and once per `poll_interval` for everything.
+* A claim that is to be terminated has its process killed (termination.py); a notification says when to look, and the
+  poll finds those that were missed, or are entered later.
 * The supervisor reports each dead child with what it was running: its rows go back at once.
 * It promotes what is due and reaps, so that a missing beat costs about a second; GC only when no beat did it.
 """
@@ -32,9 +34,10 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.reaper import reap
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
+from durable.runtime.termination import terminate
 from durable.storage import claims, maintenance, partitions, workers
 from durable.storage.session import describe
-from durable.wakeups import ANY_QUEUE, INTERVAL, parse, queue_channel
+from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, parse, queue_channel
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class Agent:
         self._probe_at = now
         self._look_again_at = now
         self._reap_at = now + conf.reconcile_interval
+        self._terminate_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
 
     def run(self) -> int:
@@ -150,12 +154,15 @@ class Agent:
             self._reap()
         if now >= self._probe_at:
             self._probe()
+        if now >= self._terminate_at:
+            terminate(self._seats, self._link)
+            self._terminate_at = now + conf.poll_interval
         if now >= self._gc_look_at:
             self._collect_if_nobody_does()
         self._wait()
 
     def _wait(self) -> None:
-        due = min(self._heartbeat_at, self._probe_at)
+        due = min(self._heartbeat_at, self._probe_at, self._terminate_at)
         if self._deaths:
             due = min(due, time.monotonic() + 0.05)
         self._listen_until(due)
@@ -242,6 +249,9 @@ class Agent:
     # Waking children
 
     def _notified(self, payload: str) -> None:
+        if payload == TERMINATE:
+            self._terminate_at = time.monotonic()
+            return
         parsed = parse(payload)
         if parsed is None:
             log.debug("a notification that is not ours: %r", payload[:80])

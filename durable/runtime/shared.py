@@ -11,6 +11,7 @@ a child that dies leaves here what it was running.
     entered_token   its token                                                       child writes, before entered_id
     entered_at      CLOCK_MONOTONIC seconds when that began                         child writes
     lost            a worker_id the agent found dead                                agent writes
+    pid             of the child that sits here                                     supervisor writes
     hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
 """
 
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
 
-_FIELDS = 8
-_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LOST, _HINTS = range(_FIELDS)
+_FIELDS = 9
+_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LOST, _PID, _HINTS = range(_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,14 @@ class Seat:
     @lost.setter
     def lost(self, value: int) -> None:
         self._integers[self._base + _LOST] = value
+
+    @property
+    def pid(self) -> int:
+        return int(self._integers[self._base + _PID])
+
+    @pid.setter
+    def pid(self, value: int) -> None:
+        self._integers[self._base + _PID] = value
 
     def enter(self, instance_id: int, token: int, at: float) -> None:
         """Note what is about to be stepped."""

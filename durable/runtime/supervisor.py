@@ -233,6 +233,7 @@ class Supervisor:
         place.pid = self._fork(
             lambda: run_child(app, queue, name, seats, seat, bell, drain_timeout), f"durable:{queue}"
         )
+        seat.pid = place.pid
 
     def _fork_agent(self) -> None:
         agent = Agent(

@@ -88,10 +88,12 @@ FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NO
 -- Cancel a waiting or parked instance at once, or ask the one that executes it; with `cascade` its live descendants too.
 -- Nothing happens to what is finished. An outcome that commits first wins: it holds the row's lock.
 -- Children that a parent schedules at this moment are not seen: with `cascade` it is repeated until it finds no more.
--- Params: id bigint, cascade bool, error jsonb. Rows: id, status.
+-- Params: id bigint, cascade bool, terminate bool (kill what executes), error jsonb. Rows: id, status.
 -- Locks: the rows and the parent that the first reports to, in id order, as a flush does.
 WITH RECURSIVE family AS (
-    SELECT id FROM {schema}.instances WHERE id = %(id)s
+    (SELECT id FROM {schema}.instances WHERE id = %(id)s
+     UNION ALL
+     SELECT id FROM {schema}.history WHERE id = %(id)s AND children_round > 0 AND %(cascade)s)
     UNION ALL
     -- Lateral, so that each generation is read through the children's indexes, whatever the statistics.
     SELECT c.id
@@ -113,12 +115,17 @@ WITH RECURSIVE family AS (
 )
 UPDATE {schema}.instances AS i
 SET cancel_requested = true,
+    terminate_requested = i.terminate_requested OR %(terminate)s,
     status = CASE WHEN i.status = 'executing' THEN i.status ELSE 'cancelled' END,
     finished_at = CASE WHEN i.status = 'executing' THEN NULL ELSE clock_timestamp() END,
     error = CASE WHEN i.cancel_requested THEN i.error ELSE %(error)s END,
     reason = NULL
 FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
+
+-- name: cancel_asked
+-- Whether a claim was asked to end. Params: id bigint, token int. Rows: bool; none: the claim is not there any more.
+SELECT cancel_requested FROM {schema}.instances WHERE id = %(id)s AND token = %(token)s AND status = 'executing';
 
 -- name: rival
 -- A finished instance's correlation key, and who occupies it. Params: id bigint. Rows: correlation_key, id.
@@ -139,8 +146,8 @@ WITH gone AS (
 ), kept AS (
     UPDATE {schema}.instances
     SET status = 'runnable', eligible_at = clock_timestamp(), finished_at = NULL, attempt = 0, crashes = 0,
-        result_type = NULL, result = NULL, cancel_requested = false, expires_at = NULL, inbox = false, awaits = NULL,
-        shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
+        result_type = NULL, result = NULL, cancel_requested = false, terminate_requested = false,
+        expires_at = NULL, inbox = false, awaits = NULL, shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
     WHERE id = %(id)s AND status = 'failed'
     RETURNING id, queue
 ), back AS (
@@ -223,11 +230,27 @@ LEFT JOIN (
     WHERE kind = 'worker' AND dead_at IS NULL AND expires_at > clock_timestamp() GROUP BY queue) AS w USING (queue)
 ORDER BY q.queue;
 
--- name: totals
--- Live and finished instances by status. Rows: status, count.
-SELECT status::text, count(*)
-FROM (SELECT status FROM {schema}.instances UNION ALL SELECT status FROM {schema}.history) AS every
-GROUP BY status ORDER BY status;
+-- name: live_totals
+-- The live table's instances by status; finished ones that keep a key are among them. Rows: status, count.
+SELECT status::text, count(*) FROM {schema}.instances GROUP BY status;
+
+-- name: history_totals
+-- The history's instances by status, counted up to a limit: one more than it says that there are more.
+-- Params: most bigint. Rows: status, count.
+SELECT 'done', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'done' LIMIT %(most)s::bigint + 1) AS found
+UNION ALL
+SELECT 'failed', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'failed' LIMIT %(most)s::bigint + 1) AS found
+UNION ALL
+SELECT 'cancelled', count(*)
+FROM (SELECT FROM {schema}.history WHERE status = 'cancelled' LIMIT %(most)s::bigint + 1) AS found;
+
+-- name: history_estimate
+-- How many rows Postgres thinks the history's partitions have; those it has not looked at yet count nothing. Rows: count.
+SELECT coalesce(sum(c.reltuples) FILTER (WHERE c.reltuples > 0), 0)::bigint
+FROM pg_inherits AS h JOIN pg_class AS c ON c.oid = h.inhrelid
+WHERE h.inhparent = '{schema}.history'::regclass;
 
 -- name: recent_failures
 -- The latest failures of the last day. Params: limit bigint. Rows: id, machine, queue, finished_at, error.

@@ -55,13 +55,42 @@ UPDATE {schema}.duties AS d SET ran_at = clock_timestamp() FROM due WHERE d.name
 RETURNING d.name;
 
 -- name: sweep_kept
--- Delete finished rows that kept their key reserved, once retention has passed. Params: retention float8, limit bigint.
--- Rows: id.
+-- Delete finished rows that kept their key reserved, once retention has passed and no live parent may ask for them.
+-- Params: retention float8, limit bigint. Rows: id.
 DELETE FROM {schema}.instances WHERE id IN (
-    SELECT id FROM {schema}.instances
-    WHERE finished_at < (SELECT clock_timestamp() - make_interval(secs => %(retention)s))
-    ORDER BY finished_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    SELECT k.id FROM {schema}.instances AS k
+    WHERE k.finished_at < (SELECT clock_timestamp() - make_interval(secs => %(retention)s))
+      AND NOT EXISTS (SELECT FROM {schema}.instances AS p WHERE p.id = k.parent_id AND p.finished_at IS NULL)
+    ORDER BY k.finished_at LIMIT %(limit)s FOR UPDATE OF k SKIP LOCKED)
 RETURNING id;
+
+-- name: wanted_children
+-- Rows of a range of the history whose parent is live. From one parent to the next by index, each looked up in the live
+-- table: children of parents that are over cost a step per parent, not one per child.
+-- Params: since, until timestamptz; limit bigint. Rows: id.
+WITH RECURSIVE parents (id) AS (
+    (SELECT h.parent_id FROM {schema}.history AS h
+     WHERE h.finished_at >= %(since)s AND h.finished_at < %(until)s AND h.parent_id IS NOT NULL
+     ORDER BY h.parent_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT h.parent_id FROM {schema}.history AS h
+            WHERE h.finished_at >= %(since)s AND h.finished_at < %(until)s AND h.parent_id > p.id
+            ORDER BY h.parent_id LIMIT 1)
+    FROM parents AS p WHERE p.id IS NOT NULL
+)
+SELECT c.id
+FROM parents AS p
+CROSS JOIN LATERAL (SELECT i.id FROM {schema}.instances AS i WHERE i.id = p.id AND i.finished_at IS NULL LIMIT 1) AS live
+CROSS JOIN LATERAL (
+    SELECT h.id FROM {schema}.history AS h
+    WHERE h.finished_at >= %(since)s AND h.finished_at < %(until)s AND h.parent_id = live.id
+    LIMIT %(limit)s) AS c
+LIMIT %(limit)s;
+
+-- name: more_than
+-- Whether a range of the history holds more than so many rows. Params: since, until timestamptz; count bigint. Rows: bool.
+SELECT EXISTS (SELECT FROM {schema}.history
+               WHERE finished_at >= %(since)s AND finished_at < %(until)s OFFSET %(count)s);
 
 -- name: sweep_workers
 -- Forget leases that have been dead for an hour and hold nothing. Rows: id.

@@ -51,13 +51,14 @@ FROM {schema}.instances AS i LEFT JOIN {schema}.workers AS w ON w.id = i.worker_
 WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
 
 -- name: reclaim
--- Take back every row of a dead worker. Rows that it had entered count a crash; at `max_crashes` they fail.
+-- Take back every row of a dead worker. Rows that it had entered count a crash; at `max_crashes` they fail. The one for
+-- which it was killed counts none.
 -- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
 -- It waits for no lock, so it needs no order; asked for one, the planner would walk the primary key of every row.
 -- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
 --         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed.
 WITH taken AS MATERIALIZED (
-    SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AS crashed
+    SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AND NOT i.terminate_requested AS crashed
     FROM {schema}.instances AS i
     LEFT JOIN unnest(%(entered_ids)s::bigint[], %(entered_tokens)s::int[]) AS e (id, token)
            ON e.id = i.id AND e.token = i.token
@@ -75,6 +76,13 @@ SET status = CASE WHEN j.cancelled THEN 'cancelled' WHEN j.lost THEN 'failed' EL
     crashes = i.crashes + j.crashed::int, worker_id = NULL
 FROM judged AS j WHERE i.ctid = j.row
 RETURNING i.id, i.queue, i.status::text, j.crashed;
+
+-- name: terminations
+-- Which of these claims are to be killed for a cancel. Params: ids bigint[], tokens int[]. Rows: id, token.
+SELECT i.id, i.token
+FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
+JOIN {schema}.instances AS i ON i.id = r.id
+WHERE (i.token, i.status, i.terminate_requested) IS NOT DISTINCT FROM (r.token, 'executing'::{schema}.status, true);
 
 -- name: predecessors
 -- Live leases of this host and boot, to be compared with the commands that exist.

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from durable.storage import instances
 from durable.storage.session import Operation
 
+COUNT_MOST = 100_000
+"""Finished instances of one status that are counted, which takes some 30 ms."""
+
 
 class Listed(NamedTuple):
     """One line of a listing; `version` counts committed outcomes."""
@@ -100,6 +103,13 @@ class WorkerState(NamedTuple):
     busy: int
 
 
+class Totals(NamedTuple):
+    """Status -> number of instances, a status without any is missing; and of which statuses it is no exact one."""
+
+    counts: dict[str, int]
+    estimated: frozenset[str]
+
+
 class Failure(NamedTuple):
     """One of the latest failures."""
 
@@ -150,10 +160,22 @@ def processes() -> Operation[list[WorkerState]]:
     return [WorkerState(*row) for row in rows]
 
 
-def totals() -> Operation[dict[str, int]]:
-    """Return status -> number of instances, live and finished; a status without any is missing."""
-    rows = yield "totals", {}
-    return {row[0]: row[1] for row in rows}
+def totals() -> Operation[Totals]:
+    """Return how many instances there are of each status, live and finished.
+
+    The live table is counted. Of the history no more than COUNT_MOST rows of each status are; of more, `done` is what
+    Postgres' statistics say of all less the others, and of the others the number is only a lower bound.
+    """
+    live = yield "live_totals", {}
+    history: dict[str, int] = dict((yield "history_totals", {"most": COUNT_MOST}))
+    estimated = frozenset(status for status, count in history.items() if count > COUNT_MOST)
+    if "done" in estimated:
+        ((known,),) = yield "history_estimate", {}
+        others = sum(count for status, count in history.items() if status != "done")
+        history["done"] = max(history["done"], known - others)
+    counts = Counter(history)
+    counts.update(dict(live))
+    return Totals({status: count for status, count in counts.items() if count}, estimated)
 
 
 def recent_failures(limit: int) -> Operation[list[Failure]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
 
@@ -129,21 +130,43 @@ def occupant(correlation_key: str) -> Operation[int | None]:
     return int(rows[0][0]) if rows else None
 
 
-def cancel(instance_id: int, reason: str, cascade: bool = False) -> Operation[tuple[bool, dict[str, int]]]:
-    """Cancel a waiting instance, or ask an executing one; with `cascade` its whole tree. Needs a transaction.
+class Cancelled(NamedTuple):
+    """What a cancel did.
 
-    Returns whether there was anything to cancel, and how many parents went on for it, per queue.
+    found    whether there was anything to cancel
+    woken    how many parents went on for it, per queue
+    running  whether something executes, and ends later
+    itself   whether the target was live; else, with `cascade`, only what lived of its tree is cancelled
+    """
+
+    found: bool = False
+    woken: Mapping[str, int] = MappingProxyType({})
+    running: bool = False
+    itself: bool = True
+
+
+def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool = False) -> Operation[Cancelled]:
+    """Cancel a waiting instance, or ask an executing one. Needs a transaction.
+
+    cascade    its whole tree too, of one that is finished what still lives of it
+    terminate  have the process killed that executes one
     """
     error = Jsonb({"type": "Cancelled", "message": reason})
     found: dict[int, str] = {}
     while True:
-        rows = yield "cancel", {"id": instance_id, "cascade": cascade, "error": error}
+        rows = yield "cancel", {"id": instance_id, "cascade": cascade, "terminate": terminate, "error": error}
         known = len(found)
         found.update(rows)
         if not cascade or len(found) == known:
             break
     woken = yield from end([row for row, status in found.items() if status == "cancelled"])
-    return instance_id in found, woken
+    return Cancelled(bool(found), woken, "executing" in found.values(), instance_id in found)
+
+
+def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
+    """Tell whether a claim was asked to end, or is not there any more: then its outcome counts for nothing either."""
+    rows = yield "cancel_asked", {"id": instance_id, "token": token}
+    return not rows or bool(rows[0][0])
 
 
 def end(ids: Sequence[int]) -> Operation[dict[str, int]]:

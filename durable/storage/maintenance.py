@@ -69,9 +69,21 @@ def take_duty(name: str, interval: float) -> Operation[bool]:
 
 
 def sweep_kept(retention: float, limit: int = 1000) -> Operation[int]:
-    """Delete finished rows that reserved their key for `retention` seconds; return how many."""
+    """Delete finished rows that reserved their key for `retention` seconds, but a live parent's; return how many."""
     rows = yield "sweep_kept", {"retention": retention, "limit": limit}
     return len(rows)
+
+
+def wanted_children(since: datetime, until: datetime, limit: int) -> Operation[list[int]]:
+    """Return at most `limit` ids of finished children in a range of the history whose parent is live."""
+    rows = yield "wanted_children", {"since": since, "until": until, "limit": limit}
+    return [row[0] for row in rows]
+
+
+def more_than(since: datetime, until: datetime, count: int) -> Operation[bool]:
+    """Tell whether a range of the history holds more than `count` rows; reads no more than that."""
+    rows = yield "more_than", {"since": since, "until": until, "count": count}
+    return bool(rows[0][0])
 
 
 def sweep_signals() -> Operation[int]:

@@ -2,16 +2,18 @@
 
 There is no default partition: a row for a day without one is refused (23514), and whoever meets that makes the
 partition and repeats. A partition is made as a stand-alone table and attached, since `CREATE ... PARTITION OF` takes
-ACCESS EXCLUSIVE on the parent. All of it runs with a short lock_timeout: a waiting DDL statement would block every
-flush behind it.
+ACCESS EXCLUSIVE on the parent. A partition past retention is dropped, unless a live parent may still ask for children
+in it: then it is thinned out to those, where they are, so that every look at the history finds them as before. All of
+it runs with a short lock_timeout: a waiting DDL statement would block every flush behind it.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 
 import psycopg
 from psycopg import errors as pg_errors
@@ -19,12 +21,15 @@ from psycopg import sql
 
 from durable.sql import Statements
 from durable.storage import maintenance
+from durable.storage.arrays import Int8Array
 from durable.storage.session import Connection, execute, run
 
 log = logging.getLogger(__name__)
 
 AHEAD_DAYS = 14
 LOCK_TIMEOUT = "100ms"
+COPY_MOST = 10_000
+"""Rows that one run copies out of a partition to thin it out; one with more that are wanted stays whole."""
 _NAME = re.compile(r"history_(\d{8})")
 
 
@@ -49,14 +54,25 @@ def ensure(connection: Connection, statements: Statements, ahead_days: int = AHE
 
 
 def drop_before(connection: Connection, statements: Statements, retention: float) -> list[str]:
-    """Drop partitions whose every row is older than `retention` seconds; return their names."""
+    """Drop partitions whose every row is older than `retention` seconds; return their names.
+
+    Children of live parents are not dropped: their partitions are thinned out, at most COPY_MOST rows each.
+    Raises psycopg.Error; a lock that isn't free within 100 ms leaves that partition for the next call.
+    """
     now = run(connection, statements, maintenance.now()).astimezone(UTC)
     dropped: list[str] = []
     for day in sorted(_days(connection, statements)):
-        ends = datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1)
+        begins = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        ends = begins + timedelta(days=1)
         if ends + timedelta(seconds=retention) > now:
             break
-        if _locked(connection, statements, lambda day=day: _drop(connection, statements, day)):  # type: ignore[misc]
+        wanted = run(connection, statements, maintenance.wanted_children(begins, ends, COPY_MOST + 1))
+        if wanted:
+            # Half of it must go to make a copy worth while: else the same rows would be copied at every turn.
+            most = 2 * len(wanted) - 1
+            if len(wanted) <= COPY_MOST and run(connection, statements, maintenance.more_than(begins, ends, most)):
+                _locked(connection, statements, partial(_thin, connection, statements, day, wanted))
+        elif _locked(connection, statements, lambda day=day: _drop(connection, statements, day)):  # type: ignore[misc]
             dropped.append(_table(day))
     return dropped
 
@@ -101,3 +117,18 @@ def _create(connection: Connection, statements: Statements, day: date) -> None:
 
 def _drop(connection: Connection, statements: Statements, day: date) -> None:
     connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(statements.schema, _table(day))))
+
+
+def _thin(connection: Connection, statements: Statements, day: date, wanted: Sequence[int]) -> None:
+    """Leave only the wanted rows in a partition. Takes no lock on its parent: commits go on."""
+    table, copy = (sql.Identifier(statements.schema, name) for name in (_table(day), "history_wanted"))
+    # Before they are copied: a row that is retried moves back to the live table, and must not come back here.
+    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
+    connection.execute(
+        sql.SQL("CREATE UNLOGGED TABLE {} AS SELECT * FROM {} WHERE id = ANY (%s)").format(copy, table),
+        [Int8Array(wanted)],
+    )
+    connection.execute(sql.SQL("TRUNCATE {}").format(table))
+    connection.execute(sql.SQL("INSERT INTO {} SELECT * FROM {}").format(table, copy))
+    connection.execute(sql.SQL("DROP TABLE {}").format(copy))
+    log.info("%s keeps %d children of live parents", _table(day), len(wanted))

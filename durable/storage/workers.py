@@ -124,6 +124,15 @@ def reclaim(
     return reclaimed
 
 
+def terminations(claims: Sequence[tuple[int, int]]) -> Operation[list[tuple[int, int]]]:
+    """Return those of these (id, token) claims whose process is to be killed."""
+    rows = yield (
+        "terminations",
+        {"ids": Int8Array([claim[0] for claim in claims]), "tokens": Int4Array([claim[1] for claim in claims])},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
 def bury_expired(connected_since: datetime, ttl: float, grace: float) -> Operation[list[tuple[int, str]]]:
     """Mark leases dead that ran out while the reaper was connected; return (worker id, description)."""
     rows = yield "bury_expired", {"connected_since": connected_since, "ttl": ttl, "grace": grace}

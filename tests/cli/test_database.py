@@ -53,7 +53,7 @@ def test_rivals_migrate_at_once(process: Callable[..., Ran], at: tuple[str, ...]
     assert sorted(len(one.json["applied"]) for one in ran) == [0, 0, len(migrations.known())]
 
 
-READERS = ["list", "status", "queues", "workers", "purge", "result 1", "show 1", "cancel 1"]
+READERS = ["list", "status", "queues", "workers", "purge", "result 1", "show 1", "cancel 1", "retry 1"]
 
 
 @pytest.mark.parametrize("command", READERS)

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from durable.storage import inspection
 from durable_cli import instances
 from durable_cli.loading import load
 from tests.cli.conftest import Ran, set_status
@@ -162,6 +163,18 @@ def test_cancel_reports_each_and_fails_if_one_could_not_be(
     assert ended.json["error"]["message"] == "too late"
 
 
+def test_cancel_says_what_becomes_of_one_that_is_terminated(
+    durable: Callable[..., Ran], call: Callable[..., int], connection: Connection, schema: str
+) -> None:
+    waiting, running = (call("tasks.add", "--args", "[1]") for _ in range(2))
+    set_status(connection, schema, running, "executing")
+    ran = durable("cancel", str(waiting), str(running), "--terminate", "--json")
+    assert ran.code == 0
+    assert [entry["outcome"] for entry in ran.json] == ["cancelled", "is killed, and then cancelled"]
+    asked = connection.execute(f"SELECT id FROM {schema}.instances WHERE terminate_requested").fetchall()
+    assert asked == [(running,)]
+
+
 def test_cancel_reads_ids_from_stdin_and_skips_blank_lines(
     durable: Callable[..., Ran], call: Callable[..., int]
 ) -> None:
@@ -245,7 +258,25 @@ def test_queues_and_status_count(
         "executing": 1,
     }
     assert page["recent_failures"] == []
+    assert page["estimated"] == []
     assert "QUEUE" in durable("status").out
+
+
+def test_status_says_which_numbers_are_estimates(
+    durable: Callable[..., Ran],
+    call: Callable[..., int],
+    connection: Connection,
+    schema: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for _ in range(3):
+        durable("cancel", str(call("tasks.add", "--args", "[1]")))
+    connection.execute(f"UPDATE {schema}.history SET status = 'done' WHERE id < 3")
+    connection.execute(f"ANALYZE {schema}.history")
+    assert "2 done, 1 cancelled" in durable("status").out
+    monkeypatch.setattr(inspection, "COUNT_MOST", 1)
+    assert "~2 done, 1 cancelled" in durable("status").out
+    assert durable("status", "--json").json["estimated"] == ["done"]
 
 
 @pytest.mark.parametrize(

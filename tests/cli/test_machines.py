@@ -163,6 +163,21 @@ def test_show_tells_of_parents_and_children(durable: Callable[..., Ran], loaded:
     assert durable("show", str(fleet.id), "--json").json["children"] == {"cancelled": 3}
 
 
+def test_cancel_with_cascade_reaches_what_outlived_a_parent(
+    durable: Callable[..., Ran], loaded: Durable, driver: Driver
+) -> None:
+    fleet = loaded.insert("fleet")
+    driver.drain()
+    assert durable("cancel", str(fleet.id)).code == 0
+    ran = durable("cancel", str(fleet.id), "--cascade")
+    assert (ran.code, ran.out) == (
+        0,
+        f"{fleet.id}: finished already: cancelled; what lived of its children is cancelled\n",
+    )
+    ran = durable("cancel", str(fleet.id), "--cascade")
+    assert (ran.code, ran.out) == (1, f"{fleet.id}: finished already: cancelled\n")
+
+
 def test_show_of_a_task_has_none_of_it(durable: Callable[..., Ran], shop: Path) -> None:
     instance = durable("call", "tasks.add", "--args", "[1]").out.strip()
     shown = durable("show", instance, "--json").json

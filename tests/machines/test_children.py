@@ -547,6 +547,19 @@ def test_a_cascade_reaches_children_whose_parent_is_gone_already(
     assert view.count("instances") == 0
 
 
+def test_a_cascade_reaches_children_that_outlived_the_parent_it_is_asked_of(
+    app: Durable, driver: Driver, view: View, kids: Any
+) -> None:
+    result = family(app, kids).delay(depth=0)
+    driver.drain()
+    assert result.cancel()
+    assert not result.cancel(), "it alone is over"
+    assert result.cancel("the rest too", cascade=True)
+    assert [child.status for child in result.children] == ["done", "cancelled", "cancelled"]
+    assert view.count("instances") == 0
+    assert not result.cancel(cascade=True), "nothing of it is live"
+
+
 def test_cancelling_a_child_lets_its_parent_go_on(app: Durable, driver: Driver, view: View, kids: Any) -> None:
     result = family(app, kids).delay(depth=0)
     driver.drain()

@@ -15,6 +15,7 @@ from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildr
 from durable.instance import NewSignal, Payload
 from durable.storage import claims, instances, maintenance, signals, workers
 from durable.storage.claims import Commit, Flushed
+from durable.storage.instances import Cancelled
 from durable.storage.session import Operation, execute
 from tests.fix_db import wait_until
 from tests.fix_rows import Rows, Session, done, new
@@ -494,8 +495,8 @@ def test_two_children_cancelled_at_once_wake_their_parent_once(rows: Rows) -> No
     one = Held(other, instances.cancel(children[0].id, "one")).until(None)
     two = rows.background(lambda: rows.atomically(instances.cancel(children[1].id, "two")))
     wait_blocked(rows.other(), rows, two)
-    assert one.commit() == (True, {})
-    assert two.result(10) == (True, {"default": 1})
+    assert one.commit() == Cancelled(True, {})
+    assert two.result(10) == Cancelled(True, {"default": 1})
     assert rows.status(parent) == "runnable"
 
 

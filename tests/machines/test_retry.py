@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import psycopg
@@ -44,6 +45,55 @@ def test_a_failed_machine_goes_on_from_its_failed_step(
     again = app.result(result.id)
     assert (again.status, again.result, again.attempts) == ("done", 1, 3)
     assert app.retry(result.id) is False
+
+
+async def retried(app: Durable, *ids: int) -> list[bool]:
+    try:
+        return [await app.aretry(instance) for instance in ids]
+    finally:
+        await app.aclose()
+
+
+def test_coroutines_retry_too(app: Durable, driver: Driver) -> None:
+    task = app.task(name="boom", max_attempts=1)(_boom)
+    failed = task.apply_async(correlation_key="k")
+    driver.drain()
+    assert asyncio.run(retried(app, failed.id, failed.id, 2**40)) == [True, False, False]
+    driver.drain()
+    rival = task.apply_async(correlation_key="k")
+    with pytest.raises(DuplicateError) as refused:
+        asyncio.run(retried(app, failed.id))
+    assert refused.value.existing_id == rival.id
+
+
+def test_a_handle_that_was_retried_follows_the_new_run(app: Durable, driver: Driver) -> None:
+    outcomes = [RuntimeError("no"), RuntimeError("no"), None]
+
+    @app.task(name="third", max_attempts=1)
+    def third() -> str:
+        if error := outcomes.pop(0):
+            raise error
+        return "well"
+
+    result = third.delay()
+    driver.drain()
+    assert (result.failed(), result.attempts) == (True, 1)
+    assert result.retry() is True
+    assert result.status == "runnable"
+    assert result.retry() is False
+    driver.drain()
+    assert result.failed()
+
+    async def again() -> bool:
+        try:
+            return await result.aretry()
+        finally:
+            await app.aclose()
+
+    assert asyncio.run(again()) is True
+    driver.drain()
+    assert result.get(timeout=5) == "well"
+    assert result.retry() is False
 
 
 def test_what_is_not_failed_is_not_retried(app: Durable) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from durable import Durable, Task
 from durable.errors import ValidationError
+from durable.storage import workers
 from tests.fix_rows import Rows, done
 
 
@@ -66,6 +68,83 @@ def test_what_is_over_is_not_cancelled_and_not_changed(
     assert not app.cancel("k")
     assert not result.cancel()
     assert (rows.live(result.id) or rows.history(result.id)) == before
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["at once", "after a cancel"])
+def test_terminating_what_executes_marks_its_claim_and_no_other(
+    app: Durable, task: Task[..., Any], rows: Rows, before: bool
+) -> None:
+    result, other = task.delay(), task.delay()
+    worker = rows.worker()
+    mine, others = rows.claim(worker)
+    claims = [(mine.id, mine.token), (others.id, others.token)]
+    if before:
+        app.cancel(result.id, "please")
+    assert rows.run(workers.terminations(claims)) == []
+    assert app.cancel(result.id, "now", terminate=True)
+    assert rows.run(workers.terminations(claims)) == [claims[0]]
+    assert rows.run(workers.terminations([(mine.id, mine.token + 1), (mine.id, mine.token - 1)])) == []
+    assert app.cancel(result.id, "a plain one takes nothing back")
+    assert rows.run(workers.terminations(claims)) == [claims[0]]
+
+    rows.bury(worker)
+    reclaimed = rows.reclaim(worker, [claims[0]])
+    assert (reclaimed.crashed, reclaimed.by_queue) == ([], {"default": 1})
+    row = rows.history(result.id)
+    assert row is not None
+    assert (row["status"], row["crashes"], row["error"]["message"]) == ("cancelled", 0, "please" if before else "now")
+    assert rows.run(workers.terminations(claims)) == []
+    assert other.status == "runnable"
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_terminating_what_waits_is_a_plain_cancel(app: Durable, task: Task[..., Any], rows: Rows, by_key: bool) -> None:
+    result = task.apply_async(correlation_key="k")
+    assert app.cancel("k" if by_key else result.id, "no", terminate=True)
+    assert (result.status, result.error and result.error.message) == ("cancelled", "no")
+    assert not app.cancel(result.id, terminate=True)
+
+
+def test_an_outcome_that_commits_before_the_kill_is_cancelled_all_the_same(
+    app: Durable, task: Task[..., Any], rows: Rows
+) -> None:
+    result = task.delay()
+    worker = rows.worker()
+    (claimed,) = rows.claim(worker)
+    app.cancel(result.id, terminate=True)
+    assert rows.flush(worker, done(claimed)) == {result.id}
+    assert result.status == "cancelled"
+    assert rows.run(workers.terminations([(claimed.id, claimed.token)])) == []
+
+
+def test_coroutines_terminate_too(app: Durable, task: Task[..., Any], rows: Rows) -> None:
+    result = task.delay()
+    (claimed,) = rows.claim(rows.worker())
+
+    async def end() -> bool:
+        try:
+            return await result.acancel("now", terminate=True)
+        finally:
+            await app.aclose()
+
+    assert asyncio.run(end())
+    assert rows.run(workers.terminations([(claimed.id, claimed.token)])) == [(claimed.id, claimed.token)]
+
+
+def test_both_tables_have_the_same_columns_in_the_same_order(rows: Rows) -> None:
+    """A finished row moves with `SELECT *`."""
+    live, history = (
+        [
+            (row["name"], row["type"])
+            for row in rows.fetch(
+                "SELECT attname AS name, atttypid::regtype::text AS type FROM pg_attribute"
+                " WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+                [f"{rows.schema}.{table}"],
+            )
+        ]
+        for table in ("instances", "history")
+    )
+    assert live == history
 
 
 def test_a_key_cancels_whoever_occupies_it_now(app: Durable, task: Task[..., Any]) -> None:

@@ -12,7 +12,9 @@ import pytest
 from durable import Durable
 from durable.instance import Payload
 from durable.storage import inspection, instances
+from durable.storage.session import connect
 from tests.fix_rows import Rows, done
+from tests.storage.test_plans import plan, statement
 
 
 def test_a_snapshot_is_found_live_and_finished(rows: Rows) -> None:
@@ -94,7 +96,7 @@ def test_totals_count_both_tables(rows: Rows) -> None:
     worker = rows.worker()
     rows.flush(worker, *(done(row) for row in rows.claimed(worker, 2)))
     rows.insert(3)
-    assert rows.run(inspection.totals()) == {"done": 2, "runnable": 3}
+    assert rows.run(inspection.totals()) == ({"done": 2, "runnable": 3}, frozenset())
 
 
 VALUES: list[Any] = [
@@ -153,3 +155,50 @@ def test_compressed_and_other_payloads_are_left_out_of_the_view(rows: Rows) -> N
     rows.insert(state=Payload("msgpack", b"\x80"))
     rows.insert(state=Payload("json+gzip", b"\x1f\x8b"))
     assert [row["state"] for row in rows.fetch("SELECT state FROM {schema}.instance_view")] == [None, None]
+
+
+def test_of_a_long_history_no_more_is_counted_than_a_limit(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = rows.worker()
+    claimed = rows.claimed(worker, 40)
+    error = '{"type": "E", "message": ""}'
+    rows.flush(
+        worker,
+        *[done(row) for row in claimed[:30]],
+        *[done(row, status="failed", result=None, error=error) for row in claimed[30:37]],
+    )
+    rows.release(worker, *claimed[37:])
+    for row in claimed[37:]:
+        rows.cancel(row.id)
+    rows.fetch("ANALYZE {schema}.history")
+    exact = {"done": 30, "failed": 7, "cancelled": 3}
+    assert rows.run(inspection.totals()) == (exact, frozenset())
+    monkeypatch.setattr(inspection, "COUNT_MOST", 10)
+    assert rows.run(inspection.totals()) == (exact, {"done"}), "what is left of all that there are"
+    monkeypatch.setattr(inspection, "COUNT_MOST", 5)
+    assert rows.run(inspection.totals()) == ({"done": 31, "failed": 6, "cancelled": 3}, {"done", "failed"})
+
+
+def test_failures_are_counted_and_listed_through_their_index(rows: Rows) -> None:
+    rows.fetch(
+        "INSERT INTO {schema}.history (id, eligible_at, created_at, finished_at, token, version, attempt, priority,"
+        " crashes, cancel_requested, machine_version, status, queue, machine, step, state_type, state)"
+        " SELECT n, t, t, t, 1, 1, 0, 0, 0, false, 1,"
+        " CASE WHEN n %% 1000 = 0 THEN 'failed' ELSE 'done' END::{schema}.status, 'q', 'm', 's', 'json', '{}'"
+        " FROM generate_series(1, 20000) AS n, clock_timestamp() AS t"
+    )
+    rows.fetch("ANALYZE {schema}.history")
+    (partition,) = rows.fetch(
+        "SELECT DISTINCT relname FROM {schema}.history AS h JOIN pg_class AS c ON c.oid = h.tableoid"
+    )
+    connection = connect(rows.dsn, "people")
+    try:
+        for call, others in (
+            (statement(inspection.recent_failures(5)), []),
+            (("history_totals", {"most": 10}), ["Seq Scan"]),
+        ):
+            nodes = plan(rows, connection, *call)
+            mine = [node for node in nodes if node.get("Relation Name") == partition["relname"]]
+            assert sum("status_finished_at" in node.get("Index Name", "") for node in mine) == len(mine) - len(others)
+            assert [node["Node Type"] for node in mine if "Index Name" not in node] == others
+    finally:
+        connection.close()

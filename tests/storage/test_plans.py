@@ -105,6 +105,7 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
     (("archive", statement(instances.cancel(1, "x"), 1, [(1, "cancelled")])[1]), {"instances_pkey"}),
     (claims.resolve([Commit(row, "done") for row in CLAIMED]), {"instances_pkey"}),
     (statement(workers.reclaim(1, PAIRS, 3, "x"), 1), {"instances_claimed", "Tid Scan"}),
+    (workers.terminations(PAIRS[:8]), {"instances_pkey"}),
     (maintenance.promote(1000), {"instances_due", "Tid Scan"}),
     (maintenance.next_due(), {"instances_due", "instances_deadline"}),
     (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from durable.instance import NewInstance, Payload
-from durable.wakeups import ANY_QUEUE, INTERVAL, Wakeups, due_channel, parse, payload, queue_channel
+from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, Wakeups, due_channel, parse, payload, queue_channel
 
 
 class Clock:
@@ -159,3 +159,10 @@ def test_channels_fit_into_63_bytes_and_differ() -> None:
     longest = "s" * 40
     assert len(due_channel(longest)) < 64
     assert queue_channel("a") != queue_channel("b") != due_channel("b")
+
+
+def test_a_termination_is_told_each_time_in_a_form_that_says_nothing_of_queues(wakeups: Wakeups) -> None:
+    for _ in range(2):
+        assert said(wakeups.terminations()) == [(QUEUES, TERMINATE)]
+    assert parse(TERMINATE) is None, "what an agent that does not know it makes of it"
+    assert Wakeups("s", False).terminations() == []
