@@ -1,108 +1,36 @@
-"""Two sessions at once, each interleaving held open by hand: what may meet, meets, and nothing is lost.
-
-`Held` keeps an operation's transaction open at a chosen statement. Who comes second either waits for a lock (asserted,
-by pg_blocking_pids) or passes by; then the first goes on.
-"""
+"""Two sessions at once, each interleaving held open by hand: what may meet, meets, and nothing is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
-from durable.instance import NewSignal, Payload
+from durable.instance import NewSignal
 from durable.storage import claims, instances, maintenance, signals, workers
-from durable.storage.claims import Commit, Flushed
-from durable.storage.instances import Cancelled
-from durable.storage.session import Operation, execute
-from tests.fix_db import wait_until
-from tests.fix_rows import Rows, Session, done, new
+from durable.storage.claims import Commit
+from durable.storage.session import Operation
+from tests.fix_rows import Rows, done
+from tests.interleaving import (
+    GO,
+    Held,
+    awaiting,
+    bury,
+    delivering,
+    family,
+    flush,
+    flushing,
+    going_on,
+    inbox,
+    noted,
+    parked,
+    reclaiming,
+    spawning,
+    wait_blocked,
+    wait_until_blocked,
+)
 from tests.machines.driver import Driver, View
-
-GO = Payload("json", b"1")
-
-
-class Held:
-    """An operation whose transaction is opened here, driven statement by statement and committed when told."""
-
-    def __init__(self, session: Session, operation: Operation[Any]) -> None:
-        self.session = session
-        self._operation = operation
-        self._pending: tuple[str, Mapping[str, Any]] | None = None
-        self._result: Any = None
-        session.connection.execute("BEGIN")
-        self._advance(None)
-
-    def _advance(self, rows: Any) -> None:
-        try:
-            self._pending = self._operation.send(rows)
-        except StopIteration as stop:
-            self._pending, self._result = None, stop.value
-
-    def until(self, name: str | None) -> Held:
-        """Run statements up to, not including, the one of that name; None: all."""
-        while self._pending is not None and self._pending[0] != name:
-            self._advance(execute(self.session.connection, self.session.sql, *self._pending))
-        assert name is None or self._pending is not None, f"there was no statement {name}"
-        return self
-
-    def commit(self) -> Any:
-        """Run the rest, commit, return what the operation returns."""
-        self.until(None)
-        self.session.connection.execute("COMMIT")
-        return self._result
-
-    def rollback(self) -> None:
-        """Undo everything."""
-        self.session.connection.execute("ROLLBACK")
-
-
-def flushing(worker: int, *commits: Commit) -> Operation[Flushed]:
-    return claims._flush(worker, commits)
-
-
-def delivering(*targets: int | str, name: str = "go") -> Operation[signals.Delivery]:
-    return signals.deliver([NewSignal(target, name, GO) for target in targets])
-
-
-def awaiting(claimed: Any, *names: str, **options: Any) -> Commit:
-    return Commit(claimed, "awaiting_signal", kind="await", step="woken", awaits=names or ("go",), **options)
-
-
-def spawning(claimed: Any, count: int = 2) -> Commit:
-    children = [new(queue="kids") for _ in range(count)]
-    return Commit(claimed, "awaiting_children", kind="children", step="join", children=children)
-
-
-def going_on(claimed: Any, **options: Any) -> Commit:
-    return Commit(claimed, "runnable", kind="next", step="more", delay=0.0, **options)
-
-
-def parked(rows: Rows, worker: int, **options: Any) -> int:
-    """An instance that awaits "go"."""
-    (claimed,) = rows.claimed(worker)
-    assert claimed.id in flush(rows, worker, awaiting(claimed, **options)).committed
-    return claimed.id
-
-
-def flush(session: Session, worker: int, *commits: Commit) -> Flushed:
-    return claims.flush(session.connection, session.sql, worker, commits)
-
-
-def family(rows: Rows, worker: int, count: int = 2) -> tuple[int, list[Any]]:
-    """A parent that waits for claimed children."""
-    (claimed,) = rows.claimed(worker)
-    flush(rows, worker, spawning(claimed, count))
-    children = rows.claim(worker, count, "kids")
-    assert len(children) == count
-    return claimed.id, children
-
-
-def inbox(rows: Rows, instance: int) -> int:
-    return len(rows.fetch("SELECT id FROM {schema}.signals WHERE target_id = %s AND NOT consumed", [instance]))
-
 
 # Parks and deliveries: a wakeup is never lost
 
@@ -608,37 +536,3 @@ def test_the_driver_and_two_sessions_agree_on_a_whole_machine(
     assert parking.result(10) == {result.id}
     driver.drain()
     assert result.get(timeout=5) == 2
-
-
-# Tools
-
-
-def bury(worker: int) -> Operation[None]:
-    return workers.bury([worker])
-
-
-def reclaiming(worker: int) -> Operation[workers.Reclaimed]:
-    return workers.reclaim(worker, [], 3, "it died")
-
-
-def noted(operation: Operation[Any], names: list[str]) -> Operation[Any]:
-    """The operation, its statements' names written down."""
-    rows: Any = None
-    while True:
-        try:
-            name, parameters = operation.send(rows)
-        except StopIteration as stop:
-            return stop.value
-        names.append(name)
-        rows = yield name, parameters
-
-
-def wait_blocked(watcher: Session, session: Session, future: Any) -> None:
-    """Wait until a session waits for a lock; fail if it went through."""
-    wait_until_blocked(watcher, session.pid, future)
-
-
-def wait_until_blocked(watcher: Session, pid: int, future: Any) -> None:
-    query = "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
-    wait_until(lambda: future.done() or watcher.fetch(query, [pid]), what="a wait for a lock")
-    assert not future.done(), f"it did not wait: {future.result()!r}"
