@@ -77,8 +77,8 @@ class Session:
         return self.atomically(claims.release(worker, [(row.id, row.token) for row in claimed], reason))
 
     def cancel(self, instance_id: int, reason: str = "enough") -> bool:
-        """Cancel an instance."""
-        return self.atomically(instances.cancel(instance_id, reason)).found
+        """Cancel an instance; return whether there was anything to cancel."""
+        return self.atomically(instances.cancel(instance_id, reason))[0]
 
 
 class Rows(Session):
