@@ -70,7 +70,7 @@ def test_an_outcome_waits_for_the_reaper_and_is_then_stale(rows: Rows, kind: str
     row = rows.live(claimed.id)
     assert row is not None
     assert (row["status"], row["version"], row["crashes"], row["result"]) == ("runnable", 0, 1, None)
-    assert owner.run(claims.resolve([outcome(kind, claimed)])) == set()
+    assert owner.run(claims.resolve([outcome(kind, claimed)])).committed == set()
 
 
 @every_kind

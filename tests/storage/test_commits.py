@@ -278,10 +278,10 @@ def test_an_outcome_that_had_committed_is_recognised_afterwards(rows: Rows, kind
     worker = rows.worker()
     (claimed,) = rows.claimed(worker)
     commit = KINDS[kind](claimed)
-    assert rows.run(claims.resolve([commit])) == set(), "not yet"
+    assert rows.run(claims.resolve([commit])).committed == set(), "not yet"
     rows.flush(worker, commit)
     assert rows.flush(worker, commit) == set(), "the second submission is stale"
-    assert rows.run(claims.resolve([commit])) == {claimed.id}
+    assert rows.run(claims.resolve([commit])).committed == {claimed.id}
 
 
 def test_a_retry_that_had_committed_is_recognised_although_another_claimed_it_since(rows: Rows) -> None:
@@ -291,10 +291,10 @@ def test_a_retry_that_had_committed_is_recognised_although_another_claimed_it_si
     rows.flush(worker, commit)
     (again,) = rows.claim(rows.worker())
     assert again.token == claimed.token + 1
-    assert rows.run(claims.resolve([commit])) == {claimed.id}
+    assert rows.run(claims.resolve([commit])).committed == {claimed.id}
 
 
 @pytest.mark.parametrize("case", ["reaped", "reaped and claimed again", "released", "gone"])
 def test_an_outcome_that_never_committed_is_not_taken_for_one_that_had(rows: Rows, case: str) -> None:
     _, claimed = stale_claims(rows, case)
-    assert rows.run(claims.resolve([done(claimed)])) == set()
+    assert rows.run(claims.resolve([done(claimed)])).committed == set()
