@@ -9,11 +9,11 @@ import pytest
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
 from durable.instance import NewSignal
 from durable.storage import claims, instances, maintenance, signals, workers
-from durable.storage.claims import Commit
 from durable.storage.session import Operation
 from tests.fix_rows import Rows, done
 from tests.interleaving import (
     GO,
+    OUTCOMES,
     Held,
     awaiting,
     bury,
@@ -466,33 +466,40 @@ def test_riders_are_made_only_for_what_committed(rows: Rows) -> None:
     assert {rows.status(row.id) for row in (*stale, children[1])} == {"runnable"}
 
 
-def test_the_number_of_statements_of_a_mixed_flush_does_not_depend_on_its_size(rows: Rows) -> None:
+MIXED = [
+    "lock_family",  # parents and rows, in one order
+    "finish",  # plain ends, with their inboxes
+    "join_children",  # the parents of those
+    "advance",  # everything that keeps its row
+    "consume",  # signals of steps that went on
+    "insert_many",  # children
+    "raise_barrier",  # their parents
+    "wake_parked",  # parks that find a signal
+    "ended_families",  # ends that kept their row: whom they report to
+    "join_children",
+    "clear_inboxes",
+    "archive",
+]
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_the_number_of_statements_of_a_mixed_flush_does_not_depend_on_its_size(rows: Rows, size: int) -> None:
+    """Every kind of outcome, with every kind of rider; 16 outcomes, or 20 times as many."""
     worker = rows.worker()
-    counted = []
-    for size in (1, 20):
-        parents = [family(rows, worker, 2) for _ in range(size)]
-        mixed = rows.claimed(worker, 7 * size, queue="default")
-        rows.atomically(delivering(*(row.id for row in mixed)))
-        found = rows.run(signals.inbox([row.id for row in mixed]))
-        commits = [done(child) for _, children in parents for child in children]
-        for n in range(0, 7 * size, 7):
-            a, b, c, d, e, f, g = mixed[n : n + 7]
-            commits += [
-                done(a),
-                going_on(b, consumed=[signal.id for signal in found[b.id]]),
-                awaiting(c),
-                awaiting(d, "other", timeout=60.0),
-                spawning(e, 3),
-                Commit(f, "runnable", kind="retry", attempt=1, delay=0.0),
-                done(g._replace(keeps_key=True)),
-            ]
-        names: list[str] = []
-        flushed = rows.atomically(noted(flushing(worker, *commits), names))
-        assert flushed.committed == {commit.claimed.id for commit in commits}
-        counted.append(names)
-        rows.fetch("DELETE FROM {schema}.instances")
-    assert counted[0] == counted[1]
-    assert len(counted[0]) <= 12, counted[0]
+    kinds = list(OUTCOMES)
+    mixed = rows.claimed(worker, len(kinds) * size)
+    children = [child for _ in range(size) for child in family(rows, worker, 2)[1]]
+    rows.fetch("UPDATE {schema}.instances SET cancel_requested = true WHERE id = %s", [children[0].id])
+    rows.atomically(delivering(*(row.id for row in mixed)))
+    found = rows.run(signals.inbox([row.id for row in mixed]))
+    commits = [
+        OUTCOMES[kinds[n % len(kinds)]](row, [signal.id for signal in found[row.id]]) for n, row in enumerate(mixed)
+    ]
+    ends = [done(child._replace(keeps_key=n % 2 == 0)) for n, child in enumerate(children)]
+    names: list[str] = []
+    flushed = rows.atomically(noted(flushing(worker, *commits, *ends), names))
+    assert flushed.committed == {commit.claimed.id for commit in (*commits, *ends)}
+    assert names == MIXED
 
 
 def test_a_flush_of_plain_ends_is_one_statement(rows: Rows) -> None:
