@@ -199,21 +199,28 @@ def test_a_step_that_outlasts_the_drain_time_is_cut_off_and_runs_again_elsewhere
     assert result.attempts == 1
 
 
-def test_user_code_that_holds_the_gil_longer_than_the_lease_keeps_it(
+def test_user_code_that_holds_the_gil_longer_than_the_lease_keeps_it_and_what_is_buffered_behind_it(
     app: Durable,
     tasks: dict[str, Any],
     durable_worker: Callable[..., Command],
     connection: psycopg.Connection[Any],
     tmp_path: Path,
 ) -> None:
-    durable_worker("worker", "-c", "2")
+    with app.batch():
+        result = tasks["hold_gil"].delay(str(tmp_path / "entered"), 4.5)  # the lease is 3 s
+        behind = [tasks["add"].delay(n) for n in range(5)]
+    durable_worker("worker", "-c", "1", "--prefetch", "10")
     durable_worker("beat")
-    result = tasks["hold_gil"].delay(str(tmp_path / "entered"), 4.5)  # the lease is 3 s
+    wait_until(lambda: (tmp_path / "entered").exists())
+    held = f"SELECT status::text, token, count(*) FROM {app.schema}.instances GROUP BY 1, 2"
+    assert connection.execute(held).fetchall() == [("executing", 1, 6)]
 
     assert result.get(timeout=20) == "held"
+    assert [waiting.get(timeout=20) for waiting in behind] == list(range(1, 6))
     assert lines(tmp_path / "entered") == ["entered"]
-    rows = connection.execute(f"SELECT token, crashes FROM {app.schema}.history").fetchall()
-    assert rows == [(1, 0)]
+    rows = connection.execute(f"SELECT DISTINCT attempt, version, crashes FROM {app.schema}.history").fetchall()
+    assert rows == [(0, 1, 0)]
+    assert connection.execute(f"SELECT token FROM {app.schema}.history WHERE id = {result.id}").fetchall() == [(1,)]
 
 
 def test_a_stopped_worker_process_is_killed_and_its_step_runs_elsewhere(
