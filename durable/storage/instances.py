@@ -63,7 +63,7 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     order, so that two batches with the same new keys cannot deadlock.
     """
     ids: list[int | None] = [None] * len(batch)
-    order = sorted(range(len(batch)), key=lambda n: (batch[n].correlation_key or "", n))
+    order = sorted(range(len(batch)), key=lambda n: (batch[n].correlation_key is None, batch[n].correlation_key or "", n))
     for start in range(0, len(order), INSERT_CHUNK):
         chunk = order[start : start + INSERT_CHUNK]
         rows = yield "insert_many", _columns([batch[n] for n in chunk])
