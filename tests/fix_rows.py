@@ -78,7 +78,7 @@ class Session:
 
     def cancel(self, instance_id: int, reason: str = "enough") -> bool:
         """Cancel an instance; return whether there was anything to cancel."""
-        return self.atomically(instances.cancel(instance_id, reason))[0]
+        return self.atomically(instances.cancel(instance_id, reason)).found
 
 
 class Rows(Session):

@@ -9,6 +9,7 @@ import pytest
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
 from durable.instance import NewSignal
 from durable.storage import claims, instances, maintenance, signals, workers
+from durable.storage.instances import Cancelled
 from durable.storage.session import Operation
 from tests.fix_rows import Rows, done
 from tests.interleaving import (
@@ -242,7 +243,7 @@ def test_a_cancel_that_waits_for_a_delivery_ends_the_instance_and_its_inbox(rows
     cancel = rows.background(lambda: rows.atomically(instances.cancel(instance, "enough")))
     wait_blocked(rows.other(), rows, cancel)
     assert delivery.commit().ready == {"default": 1}
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert (rows.status(instance), inbox(rows, instance)) == ("cancelled", 0)
 
 
@@ -331,7 +332,7 @@ def test_a_cascade_that_waits_for_a_childs_end_does_not_deadlock(rows: Rows) -> 
     cancel = rows.background(lambda: other.atomically(instances.cancel(parent, "enough", True)))
     wait_blocked(rows.other(), other, cancel)
     end.commit()
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert [rows.status(row.id) for row in children] == ["done", "executing"]
     assert rows.status(parent) == "cancelled"
     flush(rows, worker, done(children[1]))
@@ -356,7 +357,7 @@ def test_a_cascade_that_meets_a_spawn_reaches_the_new_children(rows: Rows) -> No
     cancel = rows.background(lambda: other.atomically(instances.cancel(claimed.id, "enough", True)))
     wait_blocked(rows.other(), other, cancel)
     spawn.commit()
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert rows.fetch("SELECT status::text, count(*) AS n FROM {schema}.history GROUP BY 1") == [
         {"status": "cancelled", "n": 3}
     ]
@@ -381,8 +382,8 @@ def test_a_cancel_of_a_child_and_a_cascade_from_its_parent_do_not_deadlock(rows:
     one = Held(other, instances.cancel(children[1].id, "this one")).until("ended_families")
     all_ = rows.background(lambda: third.atomically(instances.cancel(parent, "all", True)))
     wait_blocked(rows, third, all_)
-    assert one.commit()[0] is True
-    assert all_.result(10)[0] is True
+    assert one.commit().found is True
+    assert all_.result(10).found is True
     assert rows.fetch("SELECT count(*) AS n FROM {schema}.history WHERE status = 'cancelled'") == [{"n": 3}]
 
 

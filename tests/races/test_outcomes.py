@@ -124,7 +124,7 @@ def test_a_cancel_that_commits_first_makes_the_outcome_cancelled(rows: Rows, kin
     (claimed,) = rows.claimed(worker)
     owner, canceller = rows.other(), rows.other()
     with canceller.connection.transaction():
-        assert canceller.run(instances.cancel(claimed.id, "enough"))[0]
+        assert canceller.run(instances.cancel(claimed.id, "enough")).found
         going = flushing(rows, owner, worker, outcome(kind, claimed))
         rows.wait_blocked(owner, going)
     assert going.result(20) == {claimed.id}
@@ -140,7 +140,7 @@ def test_a_cancel_and_a_reaper_end_in_one_cancelled_row_in_both_orders(rows: Row
         one, two = rows.other(), rows.other()
         with one.connection.transaction():
             if first == "cancel":
-                assert one.run(instances.cancel(claimed.id, "enough"))[0]
+                assert one.run(instances.cancel(claimed.id, "enough")).found
                 assert two.atomically(workers.reclaim(worker, None, 3, "it died")).ids == [], "it skips what is locked"
             else:
                 assert one.run(workers.reclaim(worker, None, 3, "it died")).ids == [claimed.id]
@@ -161,7 +161,7 @@ def test_a_claim_skips_a_row_that_is_being_cancelled(rows: Rows) -> None:
     (instance,) = rows.insert()
     canceller = rows.other()
     with canceller.connection.transaction():
-        assert canceller.run(instances.cancel(instance, "enough"))[0]
+        assert canceller.run(instances.cancel(instance, "enough")).found
         assert rows.claim(worker) == []
     assert rows.claim(worker) == []
     assert rows.status(instance) == "cancelled"
@@ -203,7 +203,7 @@ def test_a_promotion_skips_a_row_that_is_being_cancelled(rows: Rows) -> None:
     instance, other = due_row(rows), due_row(rows)
     canceller = rows.other()
     with canceller.connection.transaction():
-        assert canceller.run(instances.cancel(instance, "enough"))[0]
+        assert canceller.run(instances.cancel(instance, "enough")).found
         assert rows.run(maintenance.promote()) == {"default": 1}
     assert rows.run(maintenance.promote()) == {}
     assert (rows.status(instance), rows.status(other)) == ("cancelled", "runnable")

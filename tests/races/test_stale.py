@@ -189,7 +189,7 @@ def test_a_cascade_from_the_parent_and_an_outcome_of_its_child_in_both_orders(
         held = Held(canceller, instances.cancel(parent["id"], "enough", True)).until(None)
         second = rows.background(lambda: flush(owner, worker, outcome))
         wait_blocked(rows, owner, second)
-        assert held.commit()[0] is True
+        assert held.commit().found is True
         assert second.result(20).committed == {claimed.id}
         assert rows.status(claimed.id) == "cancelled"
         assert rows.fetch("SELECT id FROM {schema}.instances") == []
@@ -198,10 +198,21 @@ def test_a_cascade_from_the_parent_and_an_outcome_of_its_child_in_both_orders(
         cancelling = rows.background(lambda: canceller.atomically(instances.cancel(parent["id"], "enough", True)))
         wait_blocked(rows, canceller, cancelling)
         assert held.commit().committed == {claimed.id}
-        assert cancelling.result(20)[0] is True
+        assert cancelling.result(20).found is True
         over = {"done": "done", "done, key kept": "done", "failed": "failed", "stop": "failed", "cancel": "cancelled"}
         if kind == "inline hop":
             assert rows.status(claimed.id) == "executing", "asked to end with its next commit"
             flush(rows, worker, done(outcome.next_claim(False)))
         assert rows.status(claimed.id) == over.get(kind, "cancelled")
     assert rows.status(parent["id"]) == "cancelled"
+
+
+def test_children_of_a_parent_that_is_forgotten_end_as_ever(rows: Rows) -> None:
+    """Cancelled without them, and its history gone: nobody waits for them any more."""
+    worker = rows.worker()
+    parent, children = family(rows, worker)
+    assert rows.cancel(parent)
+    rows.fetch("DELETE FROM {schema}.history WHERE id = %s", [parent])
+    flushed = flush(rows, worker, *map(done, children))
+    assert (flushed.committed, flushed.ready) == ({row.id for row in children}, {})
+    assert [rows.status(row.id) for row in children] == ["done", "done"]
