@@ -77,7 +77,7 @@ class Session:
         return self.atomically(claims.release(worker, [(row.id, row.token) for row in claimed], reason))
 
     def cancel(self, instance_id: int, reason: str = "enough") -> bool:
-        """Cancel an instance."""
+        """Cancel an instance; return whether there was anything to cancel."""
         return self.atomically(instances.cancel(instance_id, reason)).found
 
 

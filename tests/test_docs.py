@@ -108,3 +108,20 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert len(opening) == 2
     assert opening[0].rstrip().endswith("durable demo")
     assert opening[1].rstrip().endswith("tox")
+
+
+_NAMED_TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
+
+
+def test_every_test_that_the_behaviours_page_names_exists() -> None:
+    page = (ROOT / "docs" / "behaviours.md").read_text()
+    named = _NAMED_TEST.findall(page)
+    missing = [
+        f"{path}::{name}"
+        for path, name in named
+        if not (file := ROOT / "tests" / path).is_file() or f"\ndef {name}(" not in file.read_text()
+    ]
+    assert missing == []
+    promises = [line for line in page.splitlines() if re.match(r"\| \d+ ", line)]
+    assert [int(re.findall(r"\d+", line)[0]) for line in promises] == [*range(1, 35), 40]
+    assert all(_NAMED_TEST.search(line) for line in promises), "a promise without a test"

@@ -57,7 +57,7 @@ class Flusher:
                     no_partition = False
                 flushed = claims.flush(self._link.connection, self._link.sql, worker, batch)
                 if submitted_before and len(flushed.committed) < len(batch):
-                    flushed.committed |= self._link.run(claims.resolve(batch))
+                    flushed.add(self._link.run(claims.resolve(batch)))
                 return flushed
             except pg_errors.CheckViolation as error:
                 # A missing partition is such a violation too, without a constraint; its text depends on the locale.

@@ -318,7 +318,7 @@ class StepTransaction:
         self._connections.give_back(lent)
 
     def _find_out(self, commit: Commit, flushed: Flushed) -> Commit:
-        """Ask until the database says what became of the COMMIT."""
+        """Ask until the database says what became of the COMMIT; `flushed` is what it would have done."""
         backoff = Backoff(first=0.02, most=2.0)
         worker = self._connections.worker()
         while True:
@@ -330,8 +330,10 @@ class StepTransaction:
                         return commit
                     if standing == "owned":
                         raise StepAgain("the COMMIT did not take place")
-                    committed = run(connection, self._connections.sql, claims.resolve([commit]))
-                commit.flushed = flushed if committed else Flushed()
+                    found = run(connection, self._connections.sql, claims.resolve([commit]))
+                if found.committed:
+                    found.ready += flushed.ready
+                commit.flushed = found
                 return commit
             except (psycopg.Error, DurableError) as error:
                 if self._connections.stopping():

@@ -170,7 +170,8 @@ SELECT id, (worker_id, token, version, status)
 FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE;
 
 -- name: committed
--- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[]. Rows: id, token, version.
-SELECT id, token, version FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])
+-- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[].
+-- Rows: id, token, version, status, inbox.
+SELECT id, token, version, status::text, inbox FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])
 UNION ALL
-SELECT id, token, version FROM {schema}.history WHERE id = ANY (%(ids)s::bigint[]);
+SELECT id, token, version, status::text, false FROM {schema}.history WHERE id = ANY (%(ids)s::bigint[]);

@@ -17,7 +17,8 @@ ON CONFLICT DO NOTHING
 RETURNING id;
 
 -- name: insert_many
--- Insert a batch in key order, so that two batches with the same new keys cannot deadlock; duplicates are dropped.
+-- Insert a batch in the order given, which is key order, so that two batches with the same new keys cannot deadlock;
+-- duplicates are dropped. (Keys are not sorted here: a database's collation may differ from the order across statements.)
 -- Params: one array per column, as in insert_one; scopes as comma separated text.
 -- Rows:   one: the ids meant for the input, in its order; those that were inserted. (A join of the two would be
 --         quadratic in a session with pinned plans.)
@@ -33,7 +34,7 @@ WITH input AS MATERIALIZED (
         ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
                                 state_type, state, max_attempts, correlation_key, correlation_scope, parent_id,
                                 parent_round, n)
-        ORDER BY a.correlation_key, a.n
+        ORDER BY a.n
     ) AS u
 ), inserted AS (
     INSERT INTO {schema}.instances

@@ -90,7 +90,7 @@ class Flushed:
     committed  ids whose outcome is durable; the others are stale
     ready      rows that became runnable per queue: parents, children, parks that found their signal, next steps
     inboxes    committed ids that may have signals
-    ended      committed ids that kept their row until now and are finished: a cancel may have overruled the outcome
+    ended      committed ids that don't go on here even if meant to: finished (a cancel overrules), or lost since
     """
 
     committed: set[int] = field(default_factory=set)
@@ -322,16 +322,22 @@ def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed
     flushed.ready.update(row[1] for row in rows if row[2] == "runnable")
 
 
-def resolve(batch: Sequence[Commit]) -> Operation[set[int]]:
-    """After a re-submission: the ids whose earlier submission had committed although its answer was lost.
+def resolve(batch: Sequence[Commit]) -> Operation[Flushed]:
+    """After a re-submission: what of it had been committed by the earlier one, although its answer was lost.
 
-    That is so when the row, live or finished, shows my token with a later version, or a later token with one.
+    An outcome was when the row, live or finished, shows its token with a later version, or a later token with one.
     """
     rows = yield "committed", {"ids": Int8Array([commit.claimed.id for commit in batch])}
-    stands = {instance_id: (token, version) for instance_id, token, version in rows}
-    committed: set[int] = set()
+    stands = {row[0]: row[1:] for row in rows}
+    flushed = Flushed()
     for commit in batch:
-        token, version = stands.get(commit.claimed.id, (0, 0))
-        if token >= commit.claimed.token and version > commit.claimed.version:
-            committed.add(commit.claimed.id)
-    return committed
+        claimed = commit.claimed
+        token, version, status, inbox = stands.get(claimed.id, (0, 0, "", False))
+        if token < claimed.token or version <= claimed.version:
+            continue
+        flushed.committed.add(claimed.id)
+        if inbox:
+            flushed.inboxes.add(claimed.id)
+        if (token, version, status) != (claimed.token, claimed.version + 1, "executing"):
+            flushed.ended.add(claimed.id)
+    return flushed

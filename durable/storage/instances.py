@@ -63,7 +63,8 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     order, so that two batches with the same new keys cannot deadlock.
     """
     ids: list[int | None] = [None] * len(batch)
-    order = sorted(range(len(batch)), key=lambda n: (batch[n].correlation_key or "", n))
+    keys = [new.correlation_key for new in batch]
+    order = sorted(range(len(batch)), key=lambda n: (keys[n] is None, keys[n] or "", n))
     for start in range(0, len(order), INSERT_CHUNK):
         chunk = order[start : start + INSERT_CHUNK]
         rows = yield "insert_many", _columns([batch[n] for n in chunk])

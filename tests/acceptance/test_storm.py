@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +13,9 @@ import pytest
 
 from durable import Durable
 from durable.embedded import Server
+from tests.acceptance.storm import Storm, blow, lines
 from tests.fix_app import Command
-from tests.fix_db import FAST, wait_until
+from tests.fix_db import FAST
 
 COUNT = 5000
 TASKS = """
@@ -54,22 +52,10 @@ def test_a_storm_of_deaths_loses_nothing_and_commits_nothing_twice(
     (tmp_path / "tasks.py").write_text(head + TASKS.replace("\n    ", "\n"))
     work = app.task(name="work")(_never)
     environment = {"EFFECTS": str(effects)}
-    workers = [durable_worker("worker", "-c", "2", **environment) for _ in range(2)]
+    storm = Storm(lambda: durable_worker("worker", "-c", "2", **environment))
     beat = durable_worker("beat", **environment)
     with app.batch():
         results = [work.delay(n) for n in range(COUNT)]
-    dice = random.Random(7)
-
-    def done() -> int:
-        return len(effects.read_bytes().splitlines()) if effects.exists() else 0
-
-    def kill_child(worker: Command) -> None:
-        os.kill(dice.choice(wait_until(lambda: worker.children("durable:default"))), signal.SIGKILL)
-
-    def restart_command() -> None:
-        workers[0].process.kill()
-        workers[0].process.wait()
-        workers[0] = durable_worker("worker", "-c", "2", **environment)
 
     def restart_beat() -> None:
         nonlocal beat
@@ -82,20 +68,16 @@ def test_a_storm_of_deaths_loses_nothing_and_commits_nothing_twice(
         own_server.ensure()
 
     faults: list[Callable[[], None]] = [
-        lambda: kill_child(workers[0]),
-        lambda: kill_child(workers[1]),
-        restart_command,
+        lambda: storm.kill_child(0),
+        lambda: storm.kill_child(1),
+        lambda: storm.kill_command(0),
         restart_postgres,
         restart_beat,
-        lambda: os.kill(wait_until(lambda: workers[1].children("durable:agent"))[0], signal.SIGKILL),
-        lambda: kill_child(workers[1]),
+        lambda: storm.kill_agent(1),
+        lambda: storm.kill_child(1),
         restart_postgres,
     ]
-    for number, fault in enumerate(faults, start=1):
-        wait_until(
-            lambda number=number: done() > number * COUNT / (len(faults) + 2), 60, f"enough work before fault {number}"
-        )
-        fault()
+    blow(faults, lambda: len(lines(effects)), COUNT)
 
     assert [result.get(timeout=60) for result in results] == list(range(COUNT))
     with psycopg.connect(dsn) as connection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from durable import Durable, TaskFailed
 from tests.fix_app import Command
 from tests.fix_db import wait_until
+from tests.fix_proxy import CountingProxy
 
 TASKS = """
     import ctypes, os, signal, time
@@ -198,21 +199,28 @@ def test_a_step_that_outlasts_the_drain_time_is_cut_off_and_runs_again_elsewhere
     assert result.attempts == 1
 
 
-def test_user_code_that_holds_the_gil_longer_than_the_lease_keeps_it(
+def test_user_code_that_holds_the_gil_longer_than_the_lease_keeps_it_and_what_is_buffered_behind_it(
     app: Durable,
     tasks: dict[str, Any],
     durable_worker: Callable[..., Command],
     connection: psycopg.Connection[Any],
     tmp_path: Path,
 ) -> None:
-    durable_worker("worker", "-c", "2")
+    with app.batch():
+        result = tasks["hold_gil"].delay(str(tmp_path / "entered"), 4.5)  # the lease is 3 s
+        behind = [tasks["add"].delay(n) for n in range(5)]
+    durable_worker("worker", "-c", "1", "--prefetch", "10")
     durable_worker("beat")
-    result = tasks["hold_gil"].delay(str(tmp_path / "entered"), 4.5)  # the lease is 3 s
+    wait_until(lambda: (tmp_path / "entered").exists())
+    held = f"SELECT status::text, token, count(*) FROM {app.schema}.instances GROUP BY 1, 2"
+    assert connection.execute(held).fetchall() == [("executing", 1, 6)]
 
     assert result.get(timeout=20) == "held"
+    assert [waiting.get(timeout=20) for waiting in behind] == list(range(1, 6))
     assert lines(tmp_path / "entered") == ["entered"]
-    rows = connection.execute(f"SELECT token, crashes FROM {app.schema}.history").fetchall()
-    assert rows == [(1, 0)]
+    rows = connection.execute(f"SELECT DISTINCT attempt, version, crashes FROM {app.schema}.history").fetchall()
+    assert rows == [(0, 1, 0)]
+    assert connection.execute(f"SELECT token FROM {app.schema}.history WHERE id = {result.id}").fetchall() == [(1,)]
 
 
 def test_a_stopped_worker_process_is_killed_and_its_step_runs_elsewhere(
@@ -438,27 +446,14 @@ def test_a_command_has_one_connection_per_process_and_two_more(
     assert connection.execute(query).fetchone() == (4, 2)
 
 
-@pytest.fixture
-def quiet_database(server_dsn: str) -> Iterator[str]:
-    """A database of its own, where neither other tests nor autovacuum after them are counted."""
-    name = f"quiet_{os.urandom(4).hex()}"
-    with psycopg.connect(server_dsn, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    yield psycopg.conninfo.make_conninfo(server_dsn, dbname=name)
-    with psycopg.connect(server_dsn, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
 def test_an_idle_command_makes_fewer_than_two_queries_a_second(
-    quiet_database: str, durable_worker: Callable[..., Command], tmp_path: Path
+    app: Durable, counting_proxy: CountingProxy, durable_worker: Callable[..., Command], tmp_path: Path
 ) -> None:
-    app = Durable("quiet", dsn=quiet_database)
-    app.migrate()
+    """Counted on the way to the server: the command's own, all of them, and nothing else."""
     (tmp_path / "tasks.py").write_text(
-        f"from durable import Durable\napp = Durable('quiet', dsn={quiet_database!r})\n"
+        f"from durable import Durable\napp = Durable('test', dsn={counting_proxy.dsn!r}, schema={app.schema!r})\n"
         "@app.task(name='add')\ndef add(a, b=1): return a + b\n"
     )
-    add = app.task(name="add")(_never)
     defaults = {
         "DURABLE_LEASE_TTL": "20",
         "DURABLE_HEARTBEAT_INTERVAL": "5",
@@ -466,32 +461,13 @@ def test_an_idle_command_makes_fewer_than_two_queries_a_second(
         "DURABLE_RECONCILE_INTERVAL": "15",
     }
     worker = durable_worker("worker", "-c", "5", **defaults)
-    assert add.delay(1).get(timeout=20) == 2
+    assert app.task(name="add")(_never).delay(1).get(timeout=20) == 2
     wait_until(lambda: app.run(_live_workers()) == 5)
-    app.close()
-    connection = psycopg.connect(quiet_database, autocommit=True)
-
-    def transactions() -> int:
-        connection.execute("SELECT pg_stat_clear_snapshot()")
-        row = connection.execute(
-            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
-        ).fetchone()
-        assert row is not None
-        return int(row[0])
-
-    # A count over a window, not a race. Sessions that fall idle report their counters up to ten seconds later, and
-    # whatever else Postgres does in a database is counted too: that can only add, so the quietest of three windows
-    # tells what the command does.
-    window = 15.0  # the longest interval of any duty of an idle command
-    ours = 4
-    for _ in range(3):
-        first = transactions()
-        time.sleep(window)
-        counted = transactions() - first
-        if counted < 2 * window + ours:
-            break
-    connection.close()
-    assert counted < 2 * window + ours, worker.output()
+    before, began = counting_proxy.queries, time.monotonic()
+    assert before > 5, "it does not go past the proxy"
+    time.sleep(10)  # a count over a window, not a race
+    counted, window = counting_proxy.queries - before, time.monotonic() - began
+    assert 0 < counted < 2 * window, worker.output()
 
 
 def _never(a: int, b: int = 1) -> int:

@@ -1,11 +1,7 @@
-"""Machines on real worker processes that are killed: the specification's checkout, and a storm over many steps."""
+"""Machines on real worker processes: the specification's checkout, timeouts, children."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,6 @@ from tests.fix_app import Command
 from tests.fix_db import wait_until
 from tests.machines.driver import View
 
-COUNT = 300
-STEPS = ["one", "two", "three", "four", "five"]
 TASKS = """
     import os, time
     from dataclasses import dataclass, field
@@ -40,37 +34,6 @@ TASKS = """
             if not ctx.awaited:
                 return Stop("payment never came")
             return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
-
-    def enter(ctx):
-        line = f"{ctx.id} {ctx.step} {ctx.state.get('n')}\\n".encode()
-        file = os.open(os.environ["EFFECTS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(file, line)
-        os.close(file)
-        time.sleep(0.001)
-
-    class FiveSteps(Machine):
-        @step(initial=True)
-        def one(self, ctx): return self.go(ctx, self.two)
-        @step
-        def two(self, ctx): return self.go(ctx, self.three)
-        @step
-        def three(self, ctx): return self.go(ctx, self.four)
-        @step
-        def four(self, ctx): return self.go(ctx, self.five)
-        @step
-        def five(self, ctx):
-            enter(ctx)
-            return Done({"n": ctx.state["n"] + 1, "log": [*ctx.state["log"], ctx.step]})
-
-        def go(self, ctx, target):
-            enter(ctx)
-            return Next(target, {"n": ctx.state["n"] + 1, "log": [*ctx.state["log"], ctx.step]})
-
-    @app.machine(name="plain")
-    class Plain(FiveSteps): pass
-
-    @app.machine(name="inline", inline=True)
-    class Inline(FiveSteps): pass
 
     @app.task(name="square")
     def square(n): return n * n
@@ -141,43 +104,3 @@ def test_children_and_their_parent_wake_workers_that_poll_once_an_hour(
     wait_until(lambda: checkout.status == "awaiting_signal", what="the park")
     checkout.signal("payment_confirmed", {"amount": 1})
     assert checkout.get(timeout=20)["paid"] == 1
-
-
-def test_five_step_machines_survive_kills_with_every_step_committed_in_order_exactly_once(
-    app: Durable,
-    machines: dict[str, type[Machine]],
-    durable_worker: Callable[..., Command],
-    tmp_path: Path,
-    view: View,
-) -> None:
-    effects = tmp_path / "effects"
-    workers = [durable_worker("worker", "-c", "2", EFFECTS=str(effects)) for _ in range(2)]
-    state = {"n": 0, "log": []}
-    results = app.insert_many([(machines[("plain", "inline")[n % 2]], {"state": state}) for n in range(COUNT)])
-    dice = random.Random(3)
-    kills = 8
-
-    def entered() -> int:
-        return len(effects.read_bytes().splitlines()) if effects.exists() else 0
-
-    for kill in range(1, kills + 1):
-        wait_until(lambda kill=kill: entered() > kill * 5 * COUNT / (kills + 3), 60, f"steps before kill {kill}")
-        victim = dice.choice(workers)
-        os.kill(dice.choice(wait_until(lambda victim=victim: victim.children("durable:default"))), signal.SIGKILL)  # type: ignore[arg-type]
-
-    expected = {"n": 5, "log": STEPS}
-    assert [result.get(timeout=60) for result in results] == [expected] * COUNT
-    rows = view.rows("SELECT status, version, state, count(*) FROM {schema}.instance_view GROUP BY 1, 2, 3")
-    assert rows == [("done", 5, {"n": 4, "log": STEPS[:4]}, COUNT)]
-    # Each step was entered with the state its predecessor committed: at least once, and never after its successor.
-    lines: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for line in effects.read_text().splitlines():
-        instance, step, n = line.split()
-        lines[int(instance)].append((step, int(n)))
-    assert set(lines) == {result.id for result in results}
-    for seen in lines.values():
-        assert all(STEPS[n] == step for step, n in seen)
-        assert [n for _, n in seen] == sorted(n for _, n in seen)
-        assert {n for _, n in seen} == set(range(5))
-    again = sum(map(len, lines.values())) - 5 * COUNT
-    assert again < COUNT, "only what a killed process had entered, or not yet committed, ran again"

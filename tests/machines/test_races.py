@@ -1,108 +1,37 @@
-"""Two sessions at once, each interleaving held open by hand: what may meet, meets, and nothing is lost.
-
-`Held` keeps an operation's transaction open at a chosen statement. Who comes second either waits for a lock (asserted,
-by pg_blocking_pids) or passes by; then the first goes on.
-"""
+"""Two sessions at once, each interleaving held open by hand: what may meet, meets, and nothing is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
-from durable.instance import NewSignal, Payload
+from durable.instance import NewSignal
 from durable.storage import claims, instances, maintenance, signals, workers
-from durable.storage.claims import Commit, Flushed
 from durable.storage.instances import Cancelled
-from durable.storage.session import Operation, execute
-from tests.fix_db import wait_until
-from tests.fix_rows import Rows, Session, done, new
+from durable.storage.session import Operation
+from tests.fix_rows import Rows, done
+from tests.interleaving import (
+    GO,
+    OUTCOMES,
+    Held,
+    awaiting,
+    bury,
+    delivering,
+    family,
+    flush,
+    flushing,
+    going_on,
+    inbox,
+    noted,
+    parked,
+    reclaiming,
+    spawning,
+    wait_blocked,
+    wait_until_blocked,
+)
 from tests.machines.driver import Driver, View
-
-GO = Payload("json", b"1")
-
-
-class Held:
-    """An operation whose transaction is opened here, driven statement by statement and committed when told."""
-
-    def __init__(self, session: Session, operation: Operation[Any]) -> None:
-        self.session = session
-        self._operation = operation
-        self._pending: tuple[str, Mapping[str, Any]] | None = None
-        self._result: Any = None
-        session.connection.execute("BEGIN")
-        self._advance(None)
-
-    def _advance(self, rows: Any) -> None:
-        try:
-            self._pending = self._operation.send(rows)
-        except StopIteration as stop:
-            self._pending, self._result = None, stop.value
-
-    def until(self, name: str | None) -> Held:
-        """Run statements up to, not including, the one of that name; None: all."""
-        while self._pending is not None and self._pending[0] != name:
-            self._advance(execute(self.session.connection, self.session.sql, *self._pending))
-        assert name is None or self._pending is not None, f"there was no statement {name}"
-        return self
-
-    def commit(self) -> Any:
-        """Run the rest, commit, return what the operation returns."""
-        self.until(None)
-        self.session.connection.execute("COMMIT")
-        return self._result
-
-    def rollback(self) -> None:
-        """Undo everything."""
-        self.session.connection.execute("ROLLBACK")
-
-
-def flushing(worker: int, *commits: Commit) -> Operation[Flushed]:
-    return claims._flush(worker, commits)
-
-
-def delivering(*targets: int | str, name: str = "go") -> Operation[signals.Delivery]:
-    return signals.deliver([NewSignal(target, name, GO) for target in targets])
-
-
-def awaiting(claimed: Any, *names: str, **options: Any) -> Commit:
-    return Commit(claimed, "awaiting_signal", kind="await", step="woken", awaits=names or ("go",), **options)
-
-
-def spawning(claimed: Any, count: int = 2) -> Commit:
-    children = [new(queue="kids") for _ in range(count)]
-    return Commit(claimed, "awaiting_children", kind="children", step="join", children=children)
-
-
-def going_on(claimed: Any, **options: Any) -> Commit:
-    return Commit(claimed, "runnable", kind="next", step="more", delay=0.0, **options)
-
-
-def parked(rows: Rows, worker: int, **options: Any) -> int:
-    """An instance that awaits "go"."""
-    (claimed,) = rows.claimed(worker)
-    assert claimed.id in flush(rows, worker, awaiting(claimed, **options)).committed
-    return claimed.id
-
-
-def flush(session: Session, worker: int, *commits: Commit) -> Flushed:
-    return claims.flush(session.connection, session.sql, worker, commits)
-
-
-def family(rows: Rows, worker: int, count: int = 2) -> tuple[int, list[Any]]:
-    """A parent that waits for claimed children."""
-    (claimed,) = rows.claimed(worker)
-    flush(rows, worker, spawning(claimed, count))
-    children = rows.claim(worker, count, "kids")
-    assert len(children) == count
-    return claimed.id, children
-
-
-def inbox(rows: Rows, instance: int) -> int:
-    return len(rows.fetch("SELECT id FROM {schema}.signals WHERE target_id = %s AND NOT consumed", [instance]))
-
 
 # Parks and deliveries: a wakeup is never lost
 
@@ -314,7 +243,7 @@ def test_a_cancel_that_waits_for_a_delivery_ends_the_instance_and_its_inbox(rows
     cancel = rows.background(lambda: rows.atomically(instances.cancel(instance, "enough")))
     wait_blocked(rows.other(), rows, cancel)
     assert delivery.commit().ready == {"default": 1}
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert (rows.status(instance), inbox(rows, instance)) == ("cancelled", 0)
 
 
@@ -403,7 +332,7 @@ def test_a_cascade_that_waits_for_a_childs_end_does_not_deadlock(rows: Rows) -> 
     cancel = rows.background(lambda: other.atomically(instances.cancel(parent, "enough", True)))
     wait_blocked(rows.other(), other, cancel)
     end.commit()
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert [rows.status(row.id) for row in children] == ["done", "executing"]
     assert rows.status(parent) == "cancelled"
     flush(rows, worker, done(children[1]))
@@ -428,7 +357,7 @@ def test_a_cascade_that_meets_a_spawn_reaches_the_new_children(rows: Rows) -> No
     cancel = rows.background(lambda: other.atomically(instances.cancel(claimed.id, "enough", True)))
     wait_blocked(rows.other(), other, cancel)
     spawn.commit()
-    assert cancel.result(10)[0] is True
+    assert cancel.result(10).found is True
     assert rows.fetch("SELECT status::text, count(*) AS n FROM {schema}.history GROUP BY 1") == [
         {"status": "cancelled", "n": 3}
     ]
@@ -453,8 +382,8 @@ def test_a_cancel_of_a_child_and_a_cascade_from_its_parent_do_not_deadlock(rows:
     one = Held(other, instances.cancel(children[1].id, "this one")).until("ended_families")
     all_ = rows.background(lambda: third.atomically(instances.cancel(parent, "all", True)))
     wait_blocked(rows, third, all_)
-    assert one.commit()[0] is True
-    assert all_.result(10)[0] is True
+    assert one.commit().found is True
+    assert all_.result(10).found is True
     assert rows.fetch("SELECT count(*) AS n FROM {schema}.history WHERE status = 'cancelled'") == [{"n": 3}]
 
 
@@ -538,33 +467,40 @@ def test_riders_are_made_only_for_what_committed(rows: Rows) -> None:
     assert {rows.status(row.id) for row in (*stale, children[1])} == {"runnable"}
 
 
-def test_the_number_of_statements_of_a_mixed_flush_does_not_depend_on_its_size(rows: Rows) -> None:
+MIXED = [
+    "lock_family",  # parents and rows, in one order
+    "finish",  # plain ends, with their inboxes
+    "join_children",  # the parents of those
+    "advance",  # everything that keeps its row
+    "consume",  # signals of steps that went on
+    "insert_many",  # children
+    "raise_barrier",  # their parents
+    "wake_parked",  # parks that find a signal
+    "ended_families",  # ends that kept their row: whom they report to
+    "join_children",
+    "clear_inboxes",
+    "archive",
+]
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_the_number_of_statements_of_a_mixed_flush_does_not_depend_on_its_size(rows: Rows, size: int) -> None:
+    """Every kind of outcome, with every kind of rider; 16 outcomes, or 20 times as many."""
     worker = rows.worker()
-    counted = []
-    for size in (1, 20):
-        parents = [family(rows, worker, 2) for _ in range(size)]
-        mixed = rows.claimed(worker, 7 * size, queue="default")
-        rows.atomically(delivering(*(row.id for row in mixed)))
-        found = rows.run(signals.inbox([row.id for row in mixed]))
-        commits = [done(child) for _, children in parents for child in children]
-        for n in range(0, 7 * size, 7):
-            a, b, c, d, e, f, g = mixed[n : n + 7]
-            commits += [
-                done(a),
-                going_on(b, consumed=[signal.id for signal in found[b.id]]),
-                awaiting(c),
-                awaiting(d, "other", timeout=60.0),
-                spawning(e, 3),
-                Commit(f, "runnable", kind="retry", attempt=1, delay=0.0),
-                done(g._replace(keeps_key=True)),
-            ]
-        names: list[str] = []
-        flushed = rows.atomically(noted(flushing(worker, *commits), names))
-        assert flushed.committed == {commit.claimed.id for commit in commits}
-        counted.append(names)
-        rows.fetch("DELETE FROM {schema}.instances")
-    assert counted[0] == counted[1]
-    assert len(counted[0]) <= 12, counted[0]
+    kinds = list(OUTCOMES)
+    mixed = rows.claimed(worker, len(kinds) * size)
+    children = [child for _ in range(size) for child in family(rows, worker, 2)[1]]
+    rows.fetch("UPDATE {schema}.instances SET cancel_requested = true WHERE id = %s", [children[0].id])
+    rows.atomically(delivering(*(row.id for row in mixed)))
+    found = rows.run(signals.inbox([row.id for row in mixed]))
+    commits = [
+        OUTCOMES[kinds[n % len(kinds)]](row, [signal.id for signal in found[row.id]]) for n, row in enumerate(mixed)
+    ]
+    ends = [done(child._replace(keeps_key=n % 2 == 0)) for n, child in enumerate(children)]
+    names: list[str] = []
+    flushed = rows.atomically(noted(flushing(worker, *commits, *ends), names))
+    assert flushed.committed == {commit.claimed.id for commit in (*commits, *ends)}
+    assert names == MIXED
 
 
 def test_a_flush_of_plain_ends_is_one_statement(rows: Rows) -> None:
@@ -608,37 +544,3 @@ def test_the_driver_and_two_sessions_agree_on_a_whole_machine(
     assert parking.result(10) == {result.id}
     driver.drain()
     assert result.get(timeout=5) == 2
-
-
-# Tools
-
-
-def bury(worker: int) -> Operation[None]:
-    return workers.bury([worker])
-
-
-def reclaiming(worker: int) -> Operation[workers.Reclaimed]:
-    return workers.reclaim(worker, [], 3, "it died")
-
-
-def noted(operation: Operation[Any], names: list[str]) -> Operation[Any]:
-    """The operation, its statements' names written down."""
-    rows: Any = None
-    while True:
-        try:
-            name, parameters = operation.send(rows)
-        except StopIteration as stop:
-            return stop.value
-        names.append(name)
-        rows = yield name, parameters
-
-
-def wait_blocked(watcher: Session, session: Session, future: Any) -> None:
-    """Wait until a session waits for a lock; fail if it went through."""
-    wait_until_blocked(watcher, session.pid, future)
-
-
-def wait_until_blocked(watcher: Session, pid: int, future: Any) -> None:
-    query = "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
-    wait_until(lambda: future.done() or watcher.fetch(query, [pid]), what="a wait for a lock")
-    assert not future.done(), f"it did not wait: {future.result()!r}"

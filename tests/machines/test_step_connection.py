@@ -401,6 +401,29 @@ def test_when_the_answer_to_commit_is_lost_the_row_tells(
     assert view.of(result.id, "status", "version") == ("done", 1 if kind == "end" else 2)
 
 
+def test_a_commit_that_did_not_take_place_before_the_claim_was_lost_is_stale(
+    app: Durable, drivers: Drivers, view: View, effects: Effects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task(bind=True, name="t")
+    def work(ctx: Context) -> None:
+        ctx.connection.execute(effects.insert, ["once"])
+
+    def lossy(self: Any) -> None:
+        monkeypatch.setattr(step_transaction._Sync, "end", end)
+        self.connection.pgconn.finish()
+        first.die()
+        raise psycopg.OperationalError("the answer was lost")
+
+    first, second = drivers(), drivers()
+    end = step_transaction._Sync.end
+    monkeypatch.setattr(step_transaction._Sync, "end", lossy)
+    result = work.delay()
+    assert first.flush(first.execute(first.claim())) == set()
+    assert (effects.seen, view.status(result.id)) == ([], "runnable")
+    second.drain()
+    assert (effects.seen, view.status(result.id)) == (["once"], "done")
+
+
 def test_async_steps_get_an_async_connection(app: Durable, driver: Driver, view: View, effects: Effects) -> None:
     @app.task(bind=True, name="t")
     async def work(ctx: Context, what: str) -> str:

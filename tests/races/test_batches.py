@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from functools import partial
 
+import psycopg
 import pytest
 
 from durable import DuplicateError
-from durable.storage import instances
+from durable.storage import instances, migrations
 from durable.storage.session import execute
 from tests.fix_rows import Rows, Session, new
+from tests.interleaving import Held, wait_blocked
 
 
 class Stepped:
@@ -99,3 +102,52 @@ def test_inserts_of_other_keys_and_of_none_never_wait(rows: Rows) -> None:
         two.run(instances.insert(new()))
         two.run(instances.insert(new(correlation_key="k", correlation_scope=())))
     assert len(rows.fetch("SELECT FROM {schema}.instances")) == 4
+
+
+def test_whole_statements_in_opposite_order_that_meet_at_a_held_key_do_not_deadlock(rows: Rows) -> None:
+    """Each inserts all of its keys in one statement; where both stand still, one of them holds nothing yet."""
+    keys = ["a", "b", "c"]
+    holder, one, two = rows.other(), rows.other(), rows.other()
+    held = Held(holder, instances.insert_many([new(correlation_key="b")])).until(None)
+    leading = rows.background(partial(insert, one, keys))
+    wait_blocked(rows, one, leading)
+    following = rows.background(partial(insert, two, keys[::-1]))
+    wait_blocked(rows, two, following)
+    held.rollback()
+    assert None not in leading.result(20)
+    assert following.result(20) == [None, None, None]
+
+
+def test_every_batch_goes_in_one_order_whatever_the_databases_collation(
+    server_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorted by a language, "a" is before "B"; one batch in two statements and one in one statement must agree."""
+    name = f"collated_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(server_dsn, autocommit=True) as connection:
+        try:
+            connection.execute(
+                f"CREATE DATABASE {name} TEMPLATE template0 ENCODING utf8"
+                " LOCALE_PROVIDER icu ICU_LOCALE 'en' LOCALE 'C'"
+            )
+        except (psycopg.errors.FeatureNotSupported, psycopg.errors.SyntaxError):
+            pytest.skip("this server knows no language's order (built without ICU)")
+    dsn = psycopg.conninfo.make_conninfo(server_dsn, dbname=name)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        migrations.migrate(connection, "collated")
+    rows = Rows(dsn, "collated")
+    try:
+        one, two = rows.other(), rows.other()
+        one.connection.execute("BEGIN")
+        monkeypatch.setattr(instances, "INSERT_CHUNK", 1)
+        first = Stepped(one, ["a", "B"])
+        assert first.step()
+        monkeypatch.undo()
+        going = rows.background(partial(insert, two, ["a", "B"]))
+        wait_blocked(rows, two, going)
+        assert None not in first.finish()
+        one.connection.execute("COMMIT")
+        assert going.result(20) == [None, None]
+    finally:
+        rows.close()
+        with psycopg.connect(server_dsn, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")

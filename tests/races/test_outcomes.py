@@ -11,20 +11,16 @@ from durable.instance import Claimed
 from durable.storage import claims, instances, maintenance, partitions, workers
 from durable.storage.claims import Commit
 from tests.fix_rows import Rows, Session, done, new
+from tests.interleaving import AFTER, OUTCOMES
 
-KINDS = ["done", "failed", "retry", "key kept"]
+# What a park finds in its inbox and what an inline hop keeps are in test_stale.py.
+KINDS = [kind for kind in OUTCOMES if kind not in ("await what is there", "inline hop")]
+OVER = {"done", "done, key kept", "failed", "stop", "cancel"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def outcome(kind: str, claimed: Claimed) -> Commit:
-    if kind == "retry":
-        return Commit(claimed, "runnable", error='{"type": "E", "message": "m"}', attempt=1, delay=0.0)
-    if kind == "failed":
-        return Commit(claimed, "failed", error='{"type": "E", "message": "m"}')
-    return done(claimed._replace(keeps_key=kind == "key kept"))
-
-
-AFTER = {"done": "done", "failed": "failed", "retry": "runnable", "key kept": "done"}
+    return OUTCOMES[kind](claimed, ())
 
 
 def flushing(rows: Rows, session: Session, worker: int, commit: Commit) -> Future[set[int]]:
@@ -74,7 +70,7 @@ def test_an_outcome_waits_for_the_reaper_and_is_then_stale(rows: Rows, kind: str
     row = rows.live(claimed.id)
     assert row is not None
     assert (row["status"], row["version"], row["crashes"], row["result"]) == ("runnable", 0, 1, None)
-    assert owner.run(claims.resolve([outcome(kind, claimed)])) == set()
+    assert owner.run(claims.resolve([outcome(kind, claimed)])).committed == set()
 
 
 @every_kind
@@ -117,7 +113,7 @@ def test_an_outcome_that_commits_first_wins_over_a_cancel(rows: Rows, kind: str)
         owner.flush(worker, outcome(kind, claimed))
         cancelling = rows.background(lambda: canceller.cancel(claimed.id))
         rows.wait_blocked(canceller, cancelling)
-    over = kind != "retry"
+    over = kind in OVER
     assert cancelling.result(20) is not over
     assert rows.status(claimed.id) == (AFTER[kind] if over else "cancelled")
 
@@ -268,7 +264,7 @@ def test_a_flush_behind_a_partitions_drop_commits_after_it(rows: Rows, kind: str
     with collector.connection.transaction():
         collector.fetch(f"DROP TABLE {{schema}}.{day}")
         going = flushing(rows, owner, worker, outcome(kind, claimed))
-        if kind != "retry":
+        if kind in OVER:
             rows.wait_blocked(owner, going)
     assert going.result(20) == {claimed.id}
     assert rows.status(claimed.id) == AFTER[kind]

@@ -24,6 +24,7 @@ from durable.errors import (
 )
 from durable.instance import Claimed, Payload
 from durable.storage.claims import Commit
+from tests.fix_db import wait_until
 from tests.fix_rows import DONE, Rows, done
 
 ERROR = '{"type": "ValueError", "message": "bad", "traceback": "Traceback: here"}'
@@ -201,6 +202,24 @@ def test_all_waiters_share_one_watcher(app: Durable, task: Task[..., Any], rows:
     assert len(watchers) <= 1
     rows.flush(worker, *(done(row) for row in claimed))
     assert [future.result(20) for future in waiting] == ["ok"] * 6
+
+
+def test_a_wait_outlives_the_connections_it_is_made_on(
+    app: Durable, task: Task[..., Any], finish: Callable[..., None], rows: Rows
+) -> None:
+    result = task.delay()
+    waiting = rows.background(lambda: result.get(timeout=20))
+    for _ in range(2):
+        wait_until(
+            lambda: rows.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = 'durable test'"
+            ),
+            what="a connection to cut",
+        )
+        assert not waiting.done()
+    finish()
+    assert waiting.result(20) == "ok"
 
 
 def test_two_waits_for_one_instance_both_end(app: Durable, task: Task[..., Any], finish: Any, rows: Rows) -> None:
