@@ -349,6 +349,7 @@ class Durable(Registry):
             signals.deliver(batch),
             lambda delivery: self.wakeups.became_ready(delivery.ready),
             lambda delivery: self.wakeups.any_queue() if delivery.ready else (),
+            atomic=False,
         )
 
     def _insertion(self, new: NewInstance) -> Write[int]:

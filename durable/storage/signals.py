@@ -24,7 +24,10 @@ class Delivery:
 
 
 def deliver(batch: Sequence[NewSignal]) -> Operation[Delivery]:
-    """Deliver signals, each to an id or to whoever occupies its correlation key now. Needs a transaction."""
+    """Deliver signals, each to an id or to whoever occupies its correlation key now.
+
+    One statement stores all of them, so that it is atomic by itself.
+    """
     keys = sorted({signal.target for signal in batch if isinstance(signal.target, str)})
     found: dict[int | str, int] = {}
     if keys:
