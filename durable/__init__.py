@@ -5,7 +5,7 @@ from durable.app import Durable
 from durable.context import Child, Context, Signal
 from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTimeout, TaskCancelled, TaskFailed
 from durable.machine import Machine, step
-from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, Stop
+from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, SoftTimeLimitExceeded, Stop
 from durable.result import AsyncResult
 from durable.task import Task
 
@@ -26,6 +26,7 @@ __all__ = [
     "Retry",
     "ScheduleChildren",
     "Signal",
+    "SoftTimeLimitExceeded",
     "Stop",
     "Task",
     "TaskCancelled",

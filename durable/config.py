@@ -32,6 +32,10 @@ def _seconds_or_zero(name: str, value: Any) -> float:
     return 0.0 if _number(name, value) == 0 else _seconds(name, value)
 
 
+def _seconds_or_none(name: str, value: Any) -> float | None:
+    return None if value in (None, "") else _seconds(name, value)
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, str):
         try:
@@ -49,6 +53,10 @@ def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31 - 1:
         raise ConfigError(f"{name} must be an integer from 1, got {shown(value)}")
     return value
+
+
+def _count_or_none(name: str, value: Any) -> int | None:
+    return None if value in (None, "") else _count(name, value)
 
 
 def _auto_or_count(name: str, value: Any) -> int | None:
@@ -114,6 +122,20 @@ class Config:
     gc_interval: float = _setting(60.0, _seconds, "seconds between sweeps of what retention no longer holds")
     retention: float = _setting(86400.0, _seconds_or_zero, "seconds a finished instance is kept at least")
     history_partition: str = _setting("day", _day, "span of one partition of the history")
+    soft_time_limit: float | None = _setting(
+        None,
+        _seconds_or_none,
+        "seconds after which SoftTimeLimitExceeded is raised in a step, unless its task says otherwise",
+    )
+    time_limit: float | None = _setting(
+        None, _seconds_or_none, "seconds after which a step's process is killed, unless its task says otherwise"
+    )
+    max_tasks_per_child: int | None = _setting(
+        None, _count_or_none, "steps after which a worker process is replaced by a fresh one"
+    )
+    max_memory_per_child: int | None = _setting(
+        None, _count_or_none, "resident bytes beyond which a worker process is replaced after its step"
+    )
     drain_timeout: float = _setting(10.0, _seconds_or_zero, "seconds that running steps get to end at shutdown")
     flush_batch: int = _setting(200, _count, "most outcomes in one commit")
     flush_delay: float = _setting(0.002, _seconds_or_zero, "longest wait in seconds for more outcomes while steps run")
@@ -168,6 +190,9 @@ class Config:
             raise
 
     def _check_together(self) -> None:
+        soft, hard = self.soft_time_limit, self.time_limit
+        if soft is not None and hard is not None and soft >= hard:
+            raise ConfigError(f"soft_time_limit ({soft:g} s) must be shorter than time_limit ({hard:g} s)")
         if self.lease_ttl <= 2 * self.heartbeat_interval:
             raise ConfigError(
                 f"lease_ttl ({self.lease_ttl:g} s) must be more than twice heartbeat_interval "

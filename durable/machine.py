@@ -63,9 +63,12 @@ class MachineOptions:
     version: int = 1
     inline: bool = False
     serializer: str | None = None
+    soft_time_limit: float | None = None
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         validation.text(self.name, "a machine's name")
+        validation.time_limits(self.soft_time_limit, self.time_limit, f"machine {self.name!r}")
         validation.queue(self.queue)
         validation.priority(self.priority)
         if isinstance(self.version, bool) or not isinstance(self.version, int) or not 1 <= self.version < 2**31:

@@ -153,6 +153,14 @@ class Cancel(Exception):
         self.reason = reason
 
 
+class SoftTimeLimitExceeded(Exception):
+    """Raised inside a step that ran longer than its `soft_time_limit`; catch it to clean up. `seconds`: the limit."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        super().__init__(f"the step ran longer than its soft_time_limit of {seconds:g} s" if seconds else "")
+        self.seconds = seconds
+
+
 class RetryRequested(Exception):
     """What `ctx.retry(...)` returns to be raised: another attempt after `delay` seconds (None: the task's backoff)."""
 

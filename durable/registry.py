@@ -32,6 +32,8 @@ class TaskArguments(TypedDict, total=False):
     dont_retry_for: type[BaseException] | Iterable[type[BaseException]]
     backoff: Backoff
     serializer: str | None
+    soft_time_limit: float | None
+    time_limit: float | None
 
 
 class MachineArguments(TypedDict, total=False):
@@ -43,6 +45,8 @@ class MachineArguments(TypedDict, total=False):
     version: int
     inline: bool
     serializer: str | None
+    soft_time_limit: float | None
+    time_limit: float | None
 
 
 Definition = Task[..., Any] | MachineDefinition
@@ -106,6 +110,8 @@ class Registry:
         retry_for, dont_retry_for  which exceptions get another attempt
         backoff         attempt number from 0 -> seconds to wait
         serializer      of its arguments and result, instead of the setting
+        soft_time_limit, time_limit  seconds a step may run until SoftTimeLimitExceeded is raised in it, and until its
+                        process is killed
         Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
         """
 
@@ -138,6 +144,8 @@ class Registry:
             max_attempts=given.get("max_attempts"),
             retry=retry,
             serializer=given.get("serializer"),
+            soft_time_limit=given.get("soft_time_limit"),
+            time_limit=given.get("time_limit"),
         )
         kind = AsyncTask if inspect.iscoroutinefunction(function) else Task
         task: Task[..., Any] = kind(function, options, *self._task_functions)
@@ -161,6 +169,7 @@ class Registry:
         version     generation; instances finish on the one they started with
         inline      whether a `Next` is run at once on the claim that is held
         serializer  of its states and results, instead of the setting
+        soft_time_limit, time_limit  of each step, as of a task
         Returns the class. Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
         """
         unknown = set(options) - MachineArguments.__annotations__.keys()

@@ -56,9 +56,12 @@ class TaskOptions:
     max_attempts: int | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     serializer: str | None = None
+    soft_time_limit: float | None = None
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         validation.text(self.name, "a task's name")
+        validation.time_limits(self.soft_time_limit, self.time_limit, f"task {self.name!r}")
         validation.queue(self.queue)
         validation.priority(self.priority)
         if self.max_attempts is not None:

@@ -93,6 +93,18 @@ def max_attempts(value: Any) -> int:
     return value
 
 
+def time_limits(soft: Any, hard: Any, what: str) -> None:
+    """Accept a soft and a hard time limit in seconds, or None for none; the soft one is the shorter."""
+    for name, limit in (("soft_time_limit", soft), ("time_limit", hard)):
+        if limit is not None and seconds(limit, f"{name} of {what}") == 0:
+            raise ValidationError(f"{name} of {what} must be more than 0 seconds; leave it out for no limit")
+    if soft is not None and hard is not None and soft >= hard:
+        raise ValidationError(
+            f"soft_time_limit ({soft:g} s) of {what} must be shorter than its time_limit ({hard:g} s), "
+            "or the step is killed before it hears of it"
+        )
+
+
 def text(value: Any, what: str, most: int = 255) -> str:
     """Accept text of 1 to `most` bytes in UTF-8, without NUL and lone surrogates."""
     if not isinstance(value, str):

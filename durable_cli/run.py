@@ -19,7 +19,7 @@ from durable.runtime.supervisor import Supervisor
 from durable_cli import logs, preflight
 from durable_cli.output import flush, note, print_json
 from durable_cli.session import Session, app_options
-from durable_cli.values import NAME, PREFETCH, SECONDS, Checked
+from durable_cli.values import BYTES, NAME, PREFETCH, SECONDS, Checked
 
 MOST_PROCESSES = 1000
 SPARE_CONNECTIONS = 2
@@ -67,6 +67,13 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
 @name_option
 @click.option("--prefetch", type=PREFETCH, metavar="auto|N", help="Most instances a process claims ahead.")
 @click.option("--drain-timeout", type=SECONDS, metavar="SECONDS", help="What running steps get to end at shutdown.")
+@click.option(
+    "--max-tasks-per-child", type=click.IntRange(1), metavar="N", help="Steps after which a process is replaced."
+)
+@click.option(
+    "--max-memory-per-child", type=BYTES, metavar="SIZE",
+    help="Resident size beyond which a process is replaced after its step: 200MB, or a number of KiB.",
+)  # fmt: skip
 @app_options
 @click.pass_context
 def worker(
@@ -78,6 +85,8 @@ def worker(
     name: str | None,
     prefetch: int | str | None,
     drain_timeout: float | None,
+    max_tasks_per_child: int | None,
+    max_memory_per_child: int | None,
 ) -> None:
     """Run tasks in forked worker processes.
 
@@ -89,10 +98,13 @@ def worker(
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
     app = session.app()
-    if prefetch is not None:
-        app.conf.update(prefetch=prefetch)
-    if drain_timeout is not None:
-        app.conf.update(drain_timeout=drain_timeout)
+    given = {
+        "prefetch": prefetch,
+        "drain_timeout": drain_timeout,
+        "max_tasks_per_child": max_tasks_per_child,
+        "max_memory_per_child": max_memory_per_child,
+    }
+    app.conf.update(**{setting: value for setting, value in given.items() if value is not None})
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel)
     name_process("durable-worker")

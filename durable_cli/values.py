@@ -115,6 +115,15 @@ def _prefetch(text: str) -> str | int:
     return int(text)
 
 
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,12})(|KB|MB|GB|KiB|MiB|GiB)", text)
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f"{validation.shown(text)} is no size like 200MB, or a number of KiB")
+    power = {"": 1, "K": 1, "M": 2, "G": 3}[match[2][:1]]
+    unit = 1000 if match[2] in ("KB", "MB", "GB") else 1024
+    return int(int(match[1]) * unit**power)
+
+
 def _worker_name(text: str) -> str:
     return validation.text(text, "the name", 120)
 
@@ -144,5 +153,6 @@ JSON_OBJECT = Checked("json", _json(dict, "a JSON object like '{\"n\": 1}'"))
 JSON = Checked("json", _json(object, "JSON"))
 SIGNAL = Checked("name", _name)
 DEDUP_KEY = Checked("key", _dedup_key)
+BYTES = Checked("size", _bytes)
 PREFETCH = Checked("auto|n", _prefetch)
 NAME = Checked("name", _worker_name)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from durable.app import Durable
+from durable.runtime import soft_limit
 from durable.runtime.engine import Engine
 from durable.runtime.shared import Bell, Seat, SharedSeats
 
@@ -22,6 +26,8 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL = 0.0005
 """Seconds user code may hold the GIL while the engine waits for it; Python's default of 5 ms would cost a claim's
 worth of steps each time an answer arrives."""
+LOOK_AT_MEMORY = 0.1
+"""Seconds between two looks at the size of the process."""
 QUIT_PATIENCE = 1.5
 """Seconds that a stop-now spends on giving claims back."""
 
@@ -41,10 +47,48 @@ class Stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
+    def retire(self) -> None:
+        """Drain, as if asked to from outside."""
+        self._stop(self._drain_timeout)
+
     def _stop(self, within: float) -> None:
         at = time.monotonic() + within
         self.at = at if self.at is None else min(self.at, at)
         self._bell.ring()
+
+
+class Wear:
+    """Whether a worker process has done its share: so many steps, or grown beyond so many bytes."""
+
+    def __init__(self, most_steps: int | None, most_bytes: int | None, retire: Callable[[], None]) -> None:
+        self._most_steps = most_steps
+        self._most_bytes = most_bytes
+        self._retire = retire
+        self._steps = 0
+        self._look_at = 0.0
+
+    def after_step(self) -> bool:
+        """Count a step; once the process has done its share, ask for its end and return True."""
+        self._steps += 1
+        if not (self._most_steps and self._steps >= self._most_steps) and not self._too_large():
+            return False
+        self._retire()
+        return True
+
+    def _too_large(self) -> bool:
+        now = time.monotonic()
+        if self._most_bytes is None or now < self._look_at:
+            return False
+        self._look_at = now + LOOK_AT_MEMORY
+        return resident_bytes() > self._most_bytes
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory; where /proc does not tell, its peak."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_child(
@@ -71,6 +115,9 @@ def run_child(
                 os._exit(70 if failed else 0)
 
     stop.listen()
+    soft_limit.install()
+    if app.conf.max_tasks_per_child or app.conf.max_memory_per_child:
+        engine.slot.worn = Wear(app.conf.max_tasks_per_child, app.conf.max_memory_per_child, stop.retire).after_step
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()
     engine.slot.run()

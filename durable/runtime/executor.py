@@ -16,6 +16,12 @@ from durable.runtime.task_step import TaskRunner
 from durable.storage.claims import Commit
 
 
+def time_limits(app: Durable) -> dict[tuple[str, int], float]:
+    """Return the hard limits in seconds of the definitions that have one, their own or the app's."""
+    limits = {key: definition.options.time_limit or app.conf.time_limit for key, definition in app.definitions.items()}
+    return {key: limit for key, limit in limits.items() if limit is not None}
+
+
 class Executor:
     """Runs steps of an app for one slot.
 
@@ -26,6 +32,8 @@ class Executor:
     def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None = None) -> None:
         self._definitions = app.definitions
         self._coroutines = coroutines
+        self.time_limits = time_limits(app)
+        """Seconds after which a step is killed, of the definitions that have such a limit."""
         self._tasks = TaskRunner(app, coroutines, begin)
         self._machines = MachineRunner(app, coroutines, begin)
 

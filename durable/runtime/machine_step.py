@@ -28,6 +28,7 @@ from durable.outcomes import (
 )
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
+from durable.runtime.soft_limit import within
 from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
 from durable.validation import near, shown
@@ -43,6 +44,7 @@ class MachineRunner:
         self._codec = app.codec
         self._coroutines = coroutines
         self._begin = begin
+        self._soft_time_limit = app.conf.soft_time_limit
 
     def run(self, claimed: Claimed, definition: MachineDefinition) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -61,10 +63,9 @@ class MachineRunner:
         error_seen: BaseException
         try:
             with entered(context):
-                value = step(machine, context)
-                if is_async:
-                    value = self._coroutines.run(value)
-                elif inspect.iscoroutine(value):
+                seconds = definition.options.soft_time_limit or self._soft_time_limit
+                value = within(seconds, self._coroutines, is_async, partial(step, machine, context))
+                if inspect.iscoroutine(value):
                     value.close()
                     raise OutcomeError(
                         f"step {claimed.step!r} of {definition.name} returned a coroutine: declare it `async def`"

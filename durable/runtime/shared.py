@@ -10,6 +10,7 @@ a child that dies leaves here what it was running.
     entered_id      instance being stepped, 0 when none                             child writes
     entered_token   its token                                                       child writes, before entered_id
     entered_at      CLOCK_MONOTONIC seconds when that began                         child writes
+    limit_at        CLOCK_MONOTONIC seconds from which it may be killed, 0 for never child writes, before entered_id
     lost            a worker_id the agent found dead                                agent writes
     pid             of the child that sits here                                     supervisor writes
     hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
 
-_FIELDS = 9
-_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LOST, _PID, _HINTS = range(_FIELDS)
+_FIELDS = 10
+_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS = range(_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,12 @@ class Seat:
     def pid(self, value: int) -> None:
         self._integers[self._base + _PID] = value
 
-    def enter(self, instance_id: int, token: int, at: float) -> None:
-        """Note what is about to be stepped."""
+    def enter(self, instance_id: int, token: int, at: float, limit_at: float = 0.0) -> None:
+        """Note what is about to be stepped, and from when on it may be killed."""
         base, integers = self._base, self._integers
         integers[base + _ENTERED_TOKEN] = token
         self._floats[base + _ENTERED_AT] = at
+        self._floats[base + _LIMIT_AT] = limit_at
         integers[base + _ENTERED_ID] = instance_id
 
     def leave(self) -> None:
@@ -136,6 +138,10 @@ class Seat:
     @property
     def entered_at(self) -> float:
         return float(self._floats[self._base + _ENTERED_AT])
+
+    @property
+    def limit_at(self) -> float:
+        return float(self._floats[self._base + _LIMIT_AT])
 
     def hint(self, flags: int) -> None:
         """Ask the child to look again; a hint that is overwritten by a race costs at most a second."""

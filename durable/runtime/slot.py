@@ -52,16 +52,18 @@ class Slot:
         """Moving mean of the seconds a step takes; None before the first."""
         self.running = False
         self.ended = False
+        self.worn: Callable[[], bool] | None = None
+        """Asked after each step: whether the process is to be replaced. It has asked for that then."""
 
     def run(self) -> None:
         """Run steps until the buffer is closed."""
         take, step, seat, outbox = self._buffer.take, self.step, self._seat, self._outbox
-        clock = time.monotonic
+        clock, enter = time.monotonic, self._enter
         while (claimed := take()) is not None:
             started = clock()
             if (started >= seat.deadline and not self._lease_returns(claimed)) or not self._owns(claimed):
                 continue
-            seat.enter(claimed.id, claimed.token, started)
+            enter(claimed, started)
             self.running = True
             commit = step(claimed)
             if commit is not None:
@@ -74,6 +76,8 @@ class Slot:
             self.mean_step = mean
             if mean >= SHORT_STEP or claimed.crashes:
                 outbox.wait_until_durable()
+            if self.worn is not None and self.worn():
+                break
         self.ended = True
         self.close()
 
@@ -85,6 +89,11 @@ class Slot:
         """Engine: a step that still runs has taken that long."""
         self.mean_step = max(self.mean_step or 0.0, seconds)
 
+    def _enter(self, claimed: Claimed, now: float) -> None:
+        limits = self._executor.time_limits
+        limit = limits.get((claimed.machine, claimed.machine_version)) if limits else None
+        self._seat.enter(claimed.id, claimed.token, now, 0.0 if limit is None else now + limit)
+
     def step(self, claimed: Claimed) -> Commit | None:
         """Run a step until it has happened; None when that is no longer for us to do."""
         try:
@@ -95,10 +104,12 @@ class Slot:
     def _again(self, claimed: Claimed, reason: StepAgain) -> Commit | None:
         backoff = Backoff(first=0.02, most=1.0)
         while not self._stopping() and self._owns(claimed):
+            self._seat.enter(claimed.id, claimed.token, time.monotonic())  # the wait is not the step's
             log.info("the step runs again: %s", reason, extra={"instance": claimed.id, "step": claimed.step})
             time.sleep(backoff.next())
             if time.monotonic() >= self._seat.deadline and not self._lease_returns(claimed):
                 return None
+            self._enter(claimed, time.monotonic())
             try:
                 return self._executor.execute(claimed)
             except StepAgain as another:

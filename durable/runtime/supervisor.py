@@ -30,11 +30,15 @@ from durable.app import Durable
 from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
 from durable.runtime.child import run_child
+from durable.runtime.executor import time_limits
 from durable.runtime.process import describe_exit, fork
 from durable.runtime.shared import Bell, SharedSeats
+from durable.runtime.termination import kill_running
 
 log = logging.getLogger(__name__)
 
+LIMIT_LOOK = 0.2
+"""Seconds between two looks for steps beyond their time limit, if anything has one."""
 KILL_AFTER_DRAIN = 2.0
 """Seconds beyond its drain time after which a child that doesn't end is killed."""
 FORK_PAUSE_MOST = 5.0
@@ -52,6 +56,8 @@ class Place:
     fork_at: float = 0.0
     pause: float = 0.0
     stopped_at: float | None = None
+    reason: str = ""
+    """Why it was killed, if we did it."""
 
 
 class Supervisor:
@@ -67,6 +73,7 @@ class Supervisor:
         self._beat_wanted = beat
         self._places = [Place(queue) for queue, count in queues.items() for _ in range(count)]
         self._seats = SharedSeats(len(self._places))
+        self._time_limits = bool(time_limits(app))
         self._inbox, self._to_agent = os.pipe()
         self._agent_pid = 0
         self._beat_pid = 0
@@ -112,6 +119,8 @@ class Supervisor:
             self._take_signal(self._signals.pop(0))
         self._collect_dead()
         self._kill_overdue()
+        if self._time_limits:
+            self._kill_beyond_limit()
         if self._draining is None:
             self._replace_dead()
 
@@ -119,6 +128,8 @@ class Supervisor:
         """Seconds until something must be looked at though no signal comes."""
         if self._draining is not None or any(place.stopped_at is not None for place in self._places):
             return 0.2
+        if self._time_limits:
+            return LIMIT_LOOK
         now = time.monotonic()
         waits = [place.fork_at - now for place in self._places if not place.pid]
         return max(0.0, min([60.0, *waits]))
@@ -187,14 +198,18 @@ class Supervisor:
             entered = seat.entered
             # A step that was killed because its drain time was over costs nothing.
             crashed = [] if entered is None or self._draining is not None else [(entered.id, entered.token)]
-            cause = f"worker process {pid} of {self._name} on {os.uname().nodename} {describe_exit(status)}"
+            cause = (
+                f"worker process {pid} of {self._name} on {os.uname().nodename} {describe_exit(status)}{place.reason}"
+            )
             self._tell_agent({"worker": seat.worker_id, "entered": crashed, "cause": cause})
         seat.clear()
+        place.reason = ""
         now = time.monotonic()
-        if now - place.forked_at >= HEALTHY_AFTER:
+        if clean or now - place.forked_at >= HEALTHY_AFTER:
             place.pause = 0.0
         place.fork_at = now + place.pause
-        place.pause = min(FORK_PAUSE_MOST, max(0.05, place.pause * 2))
+        if not clean:
+            place.pause = min(FORK_PAUSE_MOST, max(0.05, place.pause * 2))
         if self._draining is None:
             level = logging.INFO if clean else logging.WARNING
             log.log(level, "worker process %d (queue %s) %s; it is replaced", pid, place.queue, describe_exit(status))
@@ -214,6 +229,18 @@ class Supervisor:
                 _kill(place.pid, signal.SIGKILL)
         if self._beat_pid and self._draining is not None and now > self._draining + KILL_AFTER_DRAIN:
             _kill(self._beat_pid, signal.SIGKILL)
+
+    def _kill_beyond_limit(self) -> None:
+        """Kill the children whose step runs longer than its `time_limit`: that step's process, and no other's."""
+        now = time.monotonic()
+        for index, place in enumerate(self._places):
+            seat = self._seats.seat(index)
+            entered, limit_at = seat.entered, seat.limit_at
+            if entered is None or not limit_at or now < limit_at or not kill_running(seat, entered, os.getpid()):
+                continue
+            ran = limit_at - seat.entered_at
+            place.reason = f": its step ran longer than its time_limit of {ran:g} s"
+            log.warning("worker process %d is killed%s", place.pid, place.reason, extra={"instance": entered.id})
 
     def _replace_dead(self) -> None:
         now = time.monotonic()

@@ -15,6 +15,7 @@ from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
 from durable.retry import default_backoff
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
+from durable.runtime.soft_limit import within
 from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
@@ -37,6 +38,7 @@ class TaskRunner:
         self._codec = app.codec
         self._coroutines = coroutines
         self._begin = begin
+        self._soft_time_limit = app.conf.soft_time_limit
 
     def run(self, claimed: Claimed, task: Task[..., Any]) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -49,10 +51,11 @@ class TaskRunner:
         context: Context[Any] = Context(claimed, self._app, log, None, begin)
         try:
             with entered(context):
-                call = task.function
-                value = call(context, *args, **kwargs) if task.options.bind else call(*args, **kwargs)
-                if task.is_async:
-                    value = self._coroutines.run(value)
+                function = task.function
+                seconds = task.options.soft_time_limit or self._soft_time_limit
+                if task.options.bind:
+                    args = [context, *args]
+                value = within(seconds, self._coroutines, task.is_async, partial(function, *args, **kwargs))
                 return context.commit(self._outcome(claimed, task, value))
         except StepAgain:
             raise

@@ -147,3 +147,20 @@ def test_more_processes_than_the_server_has_connections_is_warned_of() -> None:
     assert connections_warning(98, 100) is None
     warning = connections_warning(99, 100)
     assert warning == "Warning: 99 processes need 101 connections, but the server's max_connections is 100"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--max-memory-per-child", "lots"], "'lots' is no size like 200MB"),
+        (["--max-memory-per-child", "0"], "'0' is no size"),
+        (["--max-tasks-per-child", "0"], "not in the range"),
+    ],
+    ids=["text", "nothing", "no steps"],
+)
+def test_a_share_that_makes_no_sense_is_refused(
+    process: Callable[..., Ran], shop: Path, options: list[str], complaint: str
+) -> None:
+    ran = process("worker", *options)
+    assert ran.code == 2
+    assert complaint in ran.err

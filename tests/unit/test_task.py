@@ -302,3 +302,19 @@ def test_a_tasks_own_serializer_writes_its_arguments(app: Durable) -> None:
     task = app.task(name="packed", serializer="msgpack")(send)
     assert isinstance(task, Task)
     assert task.new(("a",)).state.type == "msgpack"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"soft_time_limit": 0}, "soft_time_limit of task 't' must be more than 0 seconds"),
+        ({"time_limit": "1"}, "time_limit of task 't' must be a number of seconds"),
+        ({"soft_time_limit": 5, "time_limit": 5}, r"soft_time_limit \(5 s\) of task 't' must be shorter"),
+    ],
+    ids=["zero", "text", "not shorter"],
+)
+def test_a_time_limit_that_makes_no_sense_is_refused(options: dict[str, Any], complaint: str) -> None:
+    app = Durable("unit")
+    with pytest.raises(ValidationError, match=complaint):
+        app.task(name="t", **options)(print)
+    assert app.definitions == {}
