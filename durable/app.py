@@ -27,6 +27,7 @@ from durable.messages import accepted, new_signal, new_signals
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
+from durable.signatures import Signature
 from durable.sql import Statements
 from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
@@ -37,8 +38,8 @@ from durable.writer import Write, Writer
 
 R = TypeVar("R")
 T = TypeVar("T")
-Target = Definition | type[Machine] | str
-"""What can be inserted: a task, a machine, or the name of a registered one."""
+Target = Definition | type[Machine] | Signature | str
+"""What can be inserted: a task, a machine, the name of a registered one, or a signature."""
 
 
 class Durable(Registry):
@@ -325,9 +326,11 @@ class Durable(Registry):
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)
 
-    def _resolve(self, target: Any) -> Definition:
+    def _resolve(self, target: Any) -> Definition | Signature:
         if isinstance(target, Task | MachineDefinition):
             return target
+        if isinstance(target, Signature):
+            return self.signature(target)
         if isinstance(target, type) and issubclass(target, Machine):
             return definition_of(target)
         if isinstance(target, str):

@@ -6,14 +6,17 @@ Typed so that a decorated function keeps its signature: `delay` takes what the f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
-from durable import validation
+from durable import canvas, validation
 from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
+from durable.instance import NewInstance
 from durable.machine import Machine, MachineDefinition, MachineOptions
+from durable.result import AsyncResult
 from durable.retry import Backoff, RetryPolicy, default_backoff
+from durable.signatures import Signature, signature
 from durable.task import ASubmit, AsyncTask, Encode, Submit, Task, TaskOptions, default_name
 
 P = ParamSpec("P")
@@ -45,7 +48,7 @@ class MachineArguments(TypedDict, total=False):
     serializer: str | None
 
 
-Definition = Task[..., Any] | MachineDefinition
+Definition = canvas.Definition
 
 
 class TaskDecorator(Protocol):
@@ -70,18 +73,21 @@ class Registry:
     """Tasks by name and version. The three functions are what its tasks encode and submit with."""
 
     def __init__(self, encode: Encode, submit: Submit, asubmit: ASubmit) -> None:
-        self.definitions: dict[tuple[str, int], Definition] = {}
+        self.definitions: dict[tuple[str, int], Definition] = canvas.built_ins(encode, submit, asubmit)
         self._task_functions = (encode, submit, asubmit)
 
     @property
     def tasks(self) -> dict[tuple[str, int], Task[..., Any]]:
-        """The registered tasks, by name and version."""
-        return {key: task for key, task in self.definitions.items() if isinstance(task, Task)}
+        """The registered tasks, by name and version; built-in ones left out."""
+        return {key: task for key, task in self._registered() if isinstance(task, Task)}
 
     @property
     def machines(self) -> dict[tuple[str, int], MachineDefinition]:
-        """The registered machines, by name and version."""
-        return {key: machine for key, machine in self.definitions.items() if isinstance(machine, MachineDefinition)}
+        """The registered machines, by name and version; built-in ones left out."""
+        return {key: machine for key, machine in self._registered() if isinstance(machine, MachineDefinition)}
+
+    def _registered(self) -> list[tuple[tuple[str, int], Definition]]:
+        return [(key, found) for key, found in self.definitions.items() if key[0] not in canvas.BUILT_IN]
 
     @overload
     def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
@@ -141,6 +147,7 @@ class Registry:
         )
         kind = AsyncTask if inspect.iscoroutinefunction(function) else Task
         task: Task[..., Any] = kind(function, options, *self._task_functions)
+        task.home = self
         self._add("task", task, _place(function))
         return task
 
@@ -188,6 +195,42 @@ class Registry:
             what = f"task {name!r}" if version is None else f"task {name!r} version {version}"
             raise UnknownTaskError(f"no {what} is registered{validation.near(name, {n for n, _ in self.definitions})}")
         return self.definitions[name, max(versions) if version is None else version]
+
+    def signature(
+        self,
+        target: Any,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        immutable: bool = False,
+        **options: Any,
+    ) -> Signature:
+        """Return the signature of a task, of the task or machine of that name, or the one that a dict is.
+
+        Raises ValidationError for a dict that is none, and for unknown options.
+        """
+        return signature(target, args, kwargs, immutable=immutable, home=self, **options)
+
+    # What signatures need (signatures.Home)
+
+    def row(self, signature: Signature, options: Mapping[str, Any]) -> NewInstance:
+        """Return the checked row that runs a signature."""
+        return canvas.row(self.find_task, signature, options)
+
+    def start(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+        """Insert what runs a signature."""
+        return self._task_functions[1](self.row(signature, {}), connection, notify)
+
+    async def astart(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+        """`start` for coroutines."""
+        return await self._task_functions[2](self.row(signature, {}), connection, notify)
+
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a task's function here and now."""
+        task = self.find_task(name)
+        if not isinstance(task, Task):
+            raise DefinitionError(f"{name!r} is a machine, which can't be called; insert it")
+        return task(*args, **kwargs)
 
 
 def _types(value: Any, what: str) -> tuple[type[BaseException], ...]:
