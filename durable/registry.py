@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
-from durable import canvas, validation
+from durable import canvas, celery_options, validation
 from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
 from durable.instance import NewInstance
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class TaskArguments(TypedDict, total=False):
-    """Options of `@app.task`."""
+    """Options of `@app.task`; the last eleven under their names in Celery."""
 
     name: str
     queue: str
@@ -35,6 +35,18 @@ class TaskArguments(TypedDict, total=False):
     dont_retry_for: type[BaseException] | Iterable[type[BaseException]]
     backoff: Backoff
     serializer: str | None
+    ignore_result: bool
+    base: type[Task[..., Any]]
+    autoretry_for: type[BaseException] | Iterable[type[BaseException]]
+    dont_autoretry_for: type[BaseException] | Iterable[type[BaseException]]
+    retry_backoff: bool | float
+    retry_backoff_max: float
+    retry_jitter: bool
+    max_retries: int | None
+    default_retry_delay: float
+    acks_late: Literal[True]
+    reject_on_worker_lost: Literal[True]
+    track_started: Literal[True]
 
 
 class MachineArguments(TypedDict, total=False):
@@ -112,13 +124,17 @@ class Registry:
         retry_for, dont_retry_for  which exceptions get another attempt
         backoff         attempt number from 0 -> seconds to wait
         serializer      of its arguments and result, instead of the setting
+        ignore_result   what it returns is not stored, unless a canvas or a machine waits for it
+        base            a subclass of Task: its methods are called around a step, its attributes are options
+        Celery's options of retrying are understood too: see docs/from-celery.md.
         Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
         """
 
         unknown = set(options) - TaskArguments.__annotations__.keys()
         if unknown:
             name = sorted(unknown)[0]
-            raise DefinitionError(f"unknown task option {name!r}{validation.near(name, TaskArguments.__annotations__)}")
+            hint = celery_options.remedy(name) or validation.near(name, TaskArguments.__annotations__)
+            raise DefinitionError(f"unknown task option {name!r}{hint}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             return self._register(function, bind, options)
@@ -126,6 +142,11 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, function: Callable[..., Any], bind: bool, given: TaskArguments) -> Task[..., Any]:
+        base = given.get("base", Task)
+        if not isinstance(base, type) or not issubclass(base, Task):
+            raise DefinitionError(f"base must be a subclass of durable.Task, got {validation.shown(base)}")
+        attributes = celery_options.of_base(base, Task, TaskArguments.__annotations__)
+        given = cast(TaskArguments, celery_options.in_our_terms({**attributes, **given}))
         backoff = given.get("backoff", default_backoff)
         if not callable(backoff):
             raise DefinitionError(f"backoff must be a function of the attempt, got {validation.shown(backoff)}")
@@ -144,9 +165,13 @@ class Registry:
             max_attempts=given.get("max_attempts"),
             retry=retry,
             serializer=given.get("serializer"),
+            ignore_result=given.get("ignore_result", False),
         )
-        kind = AsyncTask if inspect.iscoroutinefunction(function) else Task
-        task: Task[..., Any] = kind(function, options, *self._task_functions)
+        if inspect.iscoroutinefunction(function) and not issubclass(base, AsyncTask):
+            base = (
+                AsyncTask if base is Task else type(base.__name__, (base, AsyncTask), {"__module__": base.__module__})
+            )
+        task: Task[..., Any] = base(function, options, *self._task_functions)
         task.home = self
         self._add("task", task, _place(function))
         return task

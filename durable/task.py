@@ -59,6 +59,7 @@ class TaskOptions:
     max_attempts: int | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     serializer: str | None = None
+    ignore_result: bool = False
 
     def __post_init__(self) -> None:
         validation.text(self.name, "a task's name")
@@ -90,6 +91,10 @@ def default_name(function: Callable[..., Any]) -> str:
     return f"{module}.{qualified}"
 
 
+HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+"""Methods that a base class of tasks may define."""
+
+
 class Task(Generic[P, R]):
     """A registered function. Calling it runs it here and now, like any function; `.delay()` enqueues an instance."""
 
@@ -100,6 +105,8 @@ class Task(Generic[P, R]):
             raise DefinitionError(f"a task must be a function, got {validation.shown(function)}")
         self.function = function
         self.options = options
+        self.has_hooks = any(getattr(type(self), name) is not getattr(Task, name) for name in HOOKS)
+        """Whether its base class has methods to be called around a step."""
         self.home: Home | None = None
         """The app that it is registered with."""
         self.is_async = inspect.iscoroutinefunction(function)
@@ -204,6 +211,29 @@ class Task(Generic[P, R]):
         """`apply_async` for coroutines; `connection` is then psycopg's or SQLAlchemy's async one."""
         new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
         return await self._asubmit(new, connection, notify_in_transaction)
+
+    # For base classes: called in the worker around a step, before its outcome is committed; their errors are logged
+
+    def before_start(self, task_id: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Before the function is called."""
+
+    def on_success(self, retval: Any, task_id: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """After it returned."""
+
+    def on_failure(
+        self, exc: BaseException | None, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After the last attempt failed; `einfo` has the traceback, None (as `exc`) for a returned `Stop`."""
+
+    def on_retry(
+        self, exc: BaseException | None, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After an attempt that is followed by another."""
+
+    def after_return(
+        self, status: str, retval: Any, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After all of these; `status` is SUCCESS, FAILURE or RETRY, `retval` the result or the exception."""
 
     # Signatures
 

@@ -14,6 +14,7 @@ import threading
 import time
 
 from durable.app import Durable
+from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime.engine import Engine
 from durable.runtime.shared import Bell, Seat, SharedSeats
 
@@ -71,9 +72,11 @@ def run_child(
                 os._exit(70 if failed else 0)
 
     stop.listen()
+    worker_process_init.send(name)
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()
     engine.slot.run()
     bell.ring()
     finished.wait()
+    worker_process_shutdown.send(name, pid=os.getpid(), exitcode=0)
     return 0
