@@ -12,34 +12,19 @@ Nothing here knows how it is run: that is its `home`, the app.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
 from durable.errors import DefinitionError, ValidationError
+from durable.insertion import InsertOptions
 from durable.instance import NewInstance
 from durable.outcomes import MAX_CHILDREN
 from durable.result import AsyncResult
 from durable.validation import near, shown
 
 ON_ERROR = ("fail", "pass")
-OPTIONS = {
-    "countdown": "schedule_in",
-    "eta": "schedule_at",
-    **{
-        name: name
-        for name in (
-            "schedule_in",
-            "schedule_at",
-            "expires",
-            "priority",
-            "queue",
-            "correlation_key",
-            "correlation_scope",
-            "max_attempts",
-            "on_conflict",
-        )
-    },
-}
+OPTIONS = {"countdown": "schedule_in", "eta": "schedule_at", **{own.name: own.name for own in fields(InsertOptions)}}
 """Options a signature may carry, and what `insert` calls them."""
 REMEDIES = {
     "link": "chain the signatures: first.s() | then.s()",
@@ -260,6 +245,11 @@ def insert_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {OPTIONS[name]: value for name, value in options.items() if value is not None}
 
 
+def instead_of(name: str) -> str:
+    """Return what to do instead of an option that an insert does not have, to be put behind a message."""
+    return f"; {REMEDIES[name]}" if name in REMEDIES else near(name, OPTIONS)
+
+
 def _several(parts: Sequence[Any], what: str) -> list[Signature]:
     if len(parts) == 1 and not isinstance(parts[0], Mapping) and isinstance(parts[0], Iterable):
         parts = list(parts[0])
@@ -278,8 +268,7 @@ def _home(parts: Iterable[Signature]) -> Home | None:
 def _options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in OPTIONS:
-            remedy = f"; {REMEDIES[name]}" if name in REMEDIES else near(name, OPTIONS)
-            raise ValidationError(f"a signature has no option {name!r}{remedy}")
+            raise ValidationError(f"a signature has no option {name!r}{instead_of(name)}")
     return {name: value.total_seconds() if isinstance(value, timedelta) else value for name, value in options.items()}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, Never, ParamSpec, Protocol, TypeVar
 
 from durable import validation
 from durable.errors import DefinitionError, ValidationError
@@ -19,7 +19,7 @@ from durable.insertion import InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
 from durable.result import AsyncResult
 from durable.retry import RetryPolicy
-from durable.signatures import Home, Signature, group, signature
+from durable.signatures import OPTIONS, Home, Signature, group, instead_of, signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,6 +166,7 @@ class Task(Generic[P, R]):
         on_conflict: str = "raise",
         connection: Any = None,
         notify_in_transaction: bool = True,
+        **unknown: Never,
     ) -> AsyncResult[R]:
         """Enqueue a run with options.
 
@@ -194,6 +195,7 @@ class Task(Generic[P, R]):
             correlation_scope=correlation_scope,
             max_attempts=max_attempts,
             on_conflict=on_conflict,
+            **unknown,
         )
         return self._submit(new, connection, notify_in_transaction)
 
@@ -305,6 +307,9 @@ class Task(Generic[P, R]):
             priority=own.priority,
         )
         if options:
+            for name in options:
+                if name not in OPTIONS:
+                    raise TypeError(f"{self.name}: there is no option {name!r}{instead_of(name)}")
             apply_options(new, InsertOptions(**options))
         return new
 

@@ -330,6 +330,18 @@ def test_what_can_not_run_is_refused_before_anything_is_written(tasks: Tasks, vi
     assert view.count("instances") == 0
 
 
+@pytest.mark.parametrize("option", ["link", "link_error", "task_id", "routing_key", "shadow"])
+def test_celery_s_options_of_a_call_are_refused_with_what_to_do(tasks: Tasks, view: View, option: str) -> None:
+    given = {option: "x"}
+    with pytest.raises(TypeError, match=f"no option '{option}'; "):
+        tasks.add.apply_async((1, 1), **given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"no option '{option}'; "):
+        tasks.app.insert(tasks.add, args=(1, 1), **given)
+    with pytest.raises(ValidationError, match=f"no option '{option}'; "):
+        tasks.add.s(1, 1).apply_async(**given)
+    assert view.count("instances") == 0
+
+
 def test_a_signature_called_runs_the_function_here(tasks: Tasks, view: View) -> None:
     assert tasks.add.s(2)(3) == 5
     assert view.count("instances") == 0
