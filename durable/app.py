@@ -311,11 +311,11 @@ class Durable(Registry):
     def _writer(self) -> Writer:
         return Writer(self._pool, self.sql)
 
-    @cached_property
+    @property
     def _control(self) -> Control:
         return Control(self._writer, self.wakeups)
 
-    @cached_property
+    @property
     def _inserter(self) -> Inserter:
         return Inserter(self._writer, self.wakeups, self.codec.decode)
 
