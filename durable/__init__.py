@@ -7,6 +7,7 @@ from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTi
 from durable.machine import Machine, step
 from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, SoftTimeLimitExceeded, Stop
 from durable.result import AsyncResult
+from durable.signatures import Signature, chain, chord, group, signature
 from durable.task import Task
 
 __all__ = [
@@ -26,11 +27,16 @@ __all__ = [
     "Retry",
     "ScheduleChildren",
     "Signal",
+    "Signature",
     "SoftTimeLimitExceeded",
     "Stop",
     "Task",
     "TaskCancelled",
     "TaskFailed",
     "__version__",
+    "chain",
+    "chord",
+    "group",
+    "signature",
     "step",
 ]

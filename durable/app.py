@@ -20,13 +20,16 @@ from durable.batch import Batch, collecting
 from durable.config import Config
 from durable.context import Child, child_of
 from durable.control import Control
+from durable.eager import Eager
 from durable.errors import UnknownTaskError, ValidationError
+from durable.inserter import Inserter
 from durable.instance import NewInstance, NewSignal, Payload, Snapshot
 from durable.machine import Machine, MachineDefinition, definition_of
 from durable.messages import accepted, new_signal, new_signals
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
+from durable.signatures import Signature
 from durable.sql import Statements
 from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
@@ -37,8 +40,8 @@ from durable.writer import Write, Writer
 
 R = TypeVar("R")
 T = TypeVar("T")
-Target = Definition | type[Machine] | str
-"""What can be inserted: a task, a machine, or the name of a registered one."""
+Target = Definition | type[Machine] | Signature | str
+"""What can be inserted: a task, a machine, the name of a registered one, or a signature."""
 
 
 class Durable(Registry):
@@ -107,7 +110,10 @@ class Durable(Registry):
         Returns the results of those inserted, in order; those whose correlation key is occupied are dropped.
         Raises ValidationError naming the index of a bad one; nothing is inserted then.
         """
-        ids = self.insert_rows(self._prepare_many(targets), connection, notify_in_transaction)
+        rows = self._prepare_many(targets)
+        if self.conf.task_always_eager:
+            return [Eager(self).run(row) for row in rows]
+        ids = self.insert_rows(rows, connection, notify_in_transaction)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     async def ainsert_many(
@@ -118,7 +124,10 @@ class Durable(Registry):
         notify_in_transaction: bool = True,
     ) -> list[AsyncResult[Any]]:
         """`insert_many` for coroutines."""
-        ids = await self.ainsert_rows(self._prepare_many(targets), connection, notify_in_transaction)
+        rows = self._prepare_many(targets)
+        if self.conf.task_always_eager:
+            return [Eager(self).run(row) for row in rows]
+        ids = await self.ainsert_rows(rows, connection, notify_in_transaction)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     def batch(self, *, connection: Any = None) -> Batch:
@@ -302,9 +311,13 @@ class Durable(Registry):
     def _writer(self) -> Writer:
         return Writer(self._pool, self.sql)
 
-    @cached_property
+    @property
     def _control(self) -> Control:
         return Control(self._writer, self.wakeups)
+
+    @property
+    def _inserter(self) -> Inserter:
+        return Inserter(self._writer, self.wakeups, self.codec.decode)
 
     @property
     def _watcher(self) -> Watcher:
@@ -325,9 +338,11 @@ class Durable(Registry):
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)
 
-    def _resolve(self, target: Any) -> Definition:
+    def _resolve(self, target: Any) -> Definition | Signature:
         if isinstance(target, Task | MachineDefinition):
             return target
+        if isinstance(target, Signature):
+            return self.signature(target)
         if isinstance(target, type) and issubclass(target, Machine):
             return definition_of(target)
         if isinstance(target, str):
@@ -352,45 +367,33 @@ class Durable(Registry):
             atomic=False,
         )
 
-    def _insertion(self, new: NewInstance) -> Write[int]:
-        return Write(
-            instances.insert(new),
-            lambda _: self.wakeups.after_insert((new,)),
-            lambda _: self.wakeups.in_transaction((new,)),
-            atomic=False,
-        )
-
-    def _insertions(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
-        return Write(
-            instances.insert_many(batch),
-            lambda _: self.wakeups.after_insert(batch),
-            lambda _: self.wakeups.in_transaction(batch),
-        )
-
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
+        if self.conf.task_always_eager:
+            return Eager(self).run(new)
         batch = collecting(self) if connection is None else None
         if batch is not None:
             return batch.add(new)
-        return AsyncResult(self._writer.write(self._insertion(new), connection, notify_in_transaction), self)
+        return AsyncResult(self._inserter.insert(new, connection, notify_in_transaction), self)
 
     async def _asubmit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
+        if self.conf.task_always_eager:
+            return Eager(self).run(new)
         batch = collecting(self) if connection is None else None
         if batch is not None:
             return batch.add(new)
-        instance_id = await self._writer.awrite(self._insertion(new), connection, notify_in_transaction)
-        return AsyncResult(instance_id, self)
+        return AsyncResult(await self._inserter.ainsert(new, connection, notify_in_transaction), self)
 
     def insert_rows(
         self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
         """Insert prepared rows in one transaction; return an id per row, None where the key was occupied."""
-        return self._writer.write(self._insertions(batch), connection, notify_in_transaction) if batch else []
+        return self._inserter.insert_many(batch, connection, notify_in_transaction)
 
     async def ainsert_rows(
         self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
     ) -> list[int | None]:
         """`insert_rows` for coroutines."""
-        return await self._writer.awrite(self._insertions(batch), connection, notify_in_transaction) if batch else []
+        return await self._inserter.ainsert_many(batch, connection, notify_in_transaction)
 
     def __repr__(self) -> str:
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"

@@ -160,6 +160,8 @@ class Config:
         None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling"
     )
     notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
+    task_always_eager: bool = _setting(False, _flag, "whether delay() runs the task here and now, without a database")
+    task_eager_propagates: bool = _setting(False, _flag, "whether an eager task's exception comes out of delay()")
 
     def __setattr__(self, name: str, value: Any) -> None:
         setting = type(self).__dataclass_fields__.get(name)

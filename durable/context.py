@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, NoReturn, Protocol
 
 from durable import validation
-from durable.errors import ConnectionUsageError, DatabaseUnavailableError
+from durable.errors import ConnectionUsageError, DatabaseUnavailableError, ValidationError
 from durable.instance import Claimed
 from durable.outcomes import RetryRequested
 from durable.storage import instances
@@ -107,6 +107,17 @@ class Children(Sequence[Child]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._everything()[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What Celery's `self.request` has, as far as it means the same. `retries`: failed attempts before this one."""
+
+    id: int
+    task: str
+    retries: int
+    parent_id: int | None
+    queue: str
 
 
 class Context(Generic[S]):
@@ -252,14 +263,52 @@ class Context(Generic[S]):
                 self.log.warning("whether it is cancelled can't be asked: %s", error)
         return self._cancel_requested
 
-    def retry(self, *, countdown: float | None = None, exc: BaseException | None = None) -> RetryRequested:
-        """Return what to raise for another attempt: `raise ctx.retry(countdown=10)`.
+    def never_cancelled(self) -> None:
+        """The runner's: nobody can ask this one to end, so that the database is not asked whether somebody did."""
+        self._cancel_look_at = float("inf")
 
-        countdown  seconds to wait; None: the task's backoff
-        exc        recorded as the cause, and as the failure when no attempts are left
-        Raises ValidationError for a countdown that is no number of seconds.
+    def retry(
+        self,
+        *,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        exc: BaseException | None = None,
+        max_retries: int | None = None,
+    ) -> NoReturn:
+        """Leave the step for another attempt. It raises by itself; `raise ctx.retry(...)` shows readers that it does.
+
+        countdown, eta  seconds to wait, or an aware datetime to wait for; neither: the task's backoff
+        exc             recorded as the cause, and as the failure when no attempts are left
+        max_retries     attempts after the first, instead of the task's limit
+        Raises ValidationError for what is no number of seconds or attempts.
         """
-        return RetryRequested(None if countdown is None else validation.seconds(countdown, "countdown"), exc)
+        if countdown is not None and eta is not None:
+            raise ValidationError("give countdown or eta, not both")
+        if eta is not None:
+            countdown = max(0.0, (validation.moment(eta, "eta") - datetime.now(UTC)).total_seconds())
+        delay = None if countdown is None else validation.seconds(countdown, "countdown")
+        limit = None
+        if max_retries is not None:
+            if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+                raise ValidationError(f"max_retries must be an integer from 0, got {validation.shown(max_retries)}")
+            limit = max_retries + 1
+        raise RetryRequested(delay, exc, limit)
+
+    @property
+    def task(self) -> Any:
+        """The registered task or machine that runs, with the attributes of its base class."""
+        return self.app.definitions[self._claimed.machine, self._claimed.machine_version]
+
+    @property
+    def name(self) -> str:
+        """The task's or machine's name."""
+        return self._claimed.machine
+
+    @property
+    def request(self) -> Request:
+        """Celery's view of this run."""
+        claimed = self._claimed
+        return Request(claimed.id, claimed.machine, claimed.attempt, claimed.parent_id, claimed.queue)
 
     def __repr__(self) -> str:
         return f"<Context of {self._claimed.machine} instance {self.id}, attempt {self.attempt}>"

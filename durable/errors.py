@@ -17,6 +17,7 @@ __all__ = [
     "DuplicateError",
     "DurableError",
     "EmbeddedServerError",
+    "GroupFailed",
     "NoTargetError",
     "NotFoundError",
     "OutcomeError",
@@ -138,6 +139,10 @@ class TaskFailed(DurableError):
         self.error_type = error_type
         self.message = message
         self.traceback_text = traceback_text
+
+
+class GroupFailed(DurableError):
+    """Parts of a group, or of a chord's header, failed; its name is the `error_type` of such a failure."""
 
 
 class TaskCancelled(TaskFailed):

@@ -162,9 +162,15 @@ class SoftTimeLimitExceeded(Exception):
 
 
 class RetryRequested(Exception):
-    """What `ctx.retry(...)` returns to be raised: another attempt after `delay` seconds (None: the task's backoff)."""
+    """What `ctx.retry(...)` raises: another attempt after `delay` seconds (None: the task's backoff).
 
-    def __init__(self, delay: float | None = None, cause: BaseException | None = None) -> None:
+    limit  attempts, instead of the task's
+    """
+
+    def __init__(
+        self, delay: float | None = None, cause: BaseException | None = None, limit: int | None = None
+    ) -> None:
         super().__init__(f"retry after {delay} s" if delay is not None else "retry")
         self.delay = delay
         self.cause = cause
+        self.limit = limit

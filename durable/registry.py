@@ -6,14 +6,17 @@ Typed so that a decorated function keeps its signature: `delay` takes what the f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
-from durable import validation
+from durable import canvas, celery_options, validation
 from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
+from durable.instance import NewInstance
 from durable.machine import Machine, MachineDefinition, MachineOptions
+from durable.result import AsyncResult
 from durable.retry import Backoff, RetryPolicy, default_backoff
+from durable.signatures import Signature, signature
 from durable.task import ASubmit, AsyncTask, Encode, Submit, Task, TaskOptions, default_name
 
 P = ParamSpec("P")
@@ -21,7 +24,7 @@ R = TypeVar("R")
 
 
 class TaskArguments(TypedDict, total=False):
-    """Options of `@app.task`."""
+    """Options of `@app.task`; the last eleven under their names in Celery."""
 
     name: str
     queue: str
@@ -34,6 +37,18 @@ class TaskArguments(TypedDict, total=False):
     serializer: str | None
     soft_time_limit: float | None
     time_limit: float | None
+    ignore_result: bool
+    base: type[Task[..., Any]]
+    autoretry_for: type[BaseException] | Iterable[type[BaseException]]
+    dont_autoretry_for: type[BaseException] | Iterable[type[BaseException]]
+    retry_backoff: bool | float
+    retry_backoff_max: float
+    retry_jitter: bool
+    max_retries: int | None
+    default_retry_delay: float
+    acks_late: Literal[True]
+    reject_on_worker_lost: Literal[True]
+    track_started: Literal[True]
 
 
 class MachineArguments(TypedDict, total=False):
@@ -49,7 +64,7 @@ class MachineArguments(TypedDict, total=False):
     time_limit: float | None
 
 
-Definition = Task[..., Any] | MachineDefinition
+Definition = canvas.Definition
 
 
 class TaskDecorator(Protocol):
@@ -74,18 +89,21 @@ class Registry:
     """Tasks by name and version. The three functions are what its tasks encode and submit with."""
 
     def __init__(self, encode: Encode, submit: Submit, asubmit: ASubmit) -> None:
-        self.definitions: dict[tuple[str, int], Definition] = {}
+        self.definitions: dict[tuple[str, int], Definition] = canvas.built_ins(encode, submit, asubmit)
         self._task_functions = (encode, submit, asubmit)
 
     @property
     def tasks(self) -> dict[tuple[str, int], Task[..., Any]]:
-        """The registered tasks, by name and version."""
-        return {key: task for key, task in self.definitions.items() if isinstance(task, Task)}
+        """The registered tasks, by name and version; built-in ones left out."""
+        return {key: task for key, task in self._registered() if isinstance(task, Task)}
 
     @property
     def machines(self) -> dict[tuple[str, int], MachineDefinition]:
-        """The registered machines, by name and version."""
-        return {key: machine for key, machine in self.definitions.items() if isinstance(machine, MachineDefinition)}
+        """The registered machines, by name and version; built-in ones left out."""
+        return {key: machine for key, machine in self._registered() if isinstance(machine, MachineDefinition)}
+
+    def _registered(self) -> list[tuple[tuple[str, int], Definition]]:
+        return [(key, found) for key, found in self.definitions.items() if key[0] not in canvas.BUILT_IN]
 
     @overload
     def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
@@ -112,13 +130,17 @@ class Registry:
         serializer      of its arguments and result, instead of the setting
         soft_time_limit, time_limit  seconds a step may run until SoftTimeLimitExceeded is raised in it, and until its
                         process is killed
+        ignore_result   what it returns is not stored, unless a canvas or a machine waits for it
+        base            a subclass of Task: its methods are called around a step, its attributes are options
+        Celery's options of retrying are understood too: see docs/from-celery.md.
         Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
         """
 
         unknown = set(options) - TaskArguments.__annotations__.keys()
         if unknown:
             name = sorted(unknown)[0]
-            raise DefinitionError(f"unknown task option {name!r}{validation.near(name, TaskArguments.__annotations__)}")
+            hint = celery_options.remedy(name) or validation.near(name, TaskArguments.__annotations__)
+            raise DefinitionError(f"unknown task option {name!r}{hint}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             return self._register(function, bind, options)
@@ -126,6 +148,11 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, function: Callable[..., Any], bind: bool, given: TaskArguments) -> Task[..., Any]:
+        base = given.get("base", Task)
+        if not isinstance(base, type) or not issubclass(base, Task):
+            raise DefinitionError(f"base must be a subclass of durable.Task, got {validation.shown(base)}")
+        attributes = celery_options.of_base(base, Task, TaskArguments.__annotations__)
+        given = cast(TaskArguments, celery_options.in_our_terms({**attributes, **given}))
         backoff = given.get("backoff", default_backoff)
         if not callable(backoff):
             raise DefinitionError(f"backoff must be a function of the attempt, got {validation.shown(backoff)}")
@@ -146,9 +173,14 @@ class Registry:
             serializer=given.get("serializer"),
             soft_time_limit=given.get("soft_time_limit"),
             time_limit=given.get("time_limit"),
+            ignore_result=given.get("ignore_result", False),
         )
-        kind = AsyncTask if inspect.iscoroutinefunction(function) else Task
-        task: Task[..., Any] = kind(function, options, *self._task_functions)
+        if inspect.iscoroutinefunction(function) and not issubclass(base, AsyncTask):
+            base = (
+                AsyncTask if base is Task else type(base.__name__, (base, AsyncTask), {"__module__": base.__module__})
+            )
+        task: Task[..., Any] = base(function, options, *self._task_functions)
+        task.home = self
         self._add("task", task, _place(function))
         return task
 
@@ -197,6 +229,42 @@ class Registry:
             what = f"task {name!r}" if version is None else f"task {name!r} version {version}"
             raise UnknownTaskError(f"no {what} is registered{validation.near(name, {n for n, _ in self.definitions})}")
         return self.definitions[name, max(versions) if version is None else version]
+
+    def signature(
+        self,
+        target: Any,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        immutable: bool = False,
+        **options: Any,
+    ) -> Signature:
+        """Return the signature of a task, of the task or machine of that name, or the one that a dict is.
+
+        Raises ValidationError for a dict that is none, and for unknown options.
+        """
+        return signature(target, args, kwargs, immutable=immutable, home=self, **options)
+
+    # What signatures need (signatures.Home)
+
+    def row(self, signature: Signature, options: Mapping[str, Any]) -> NewInstance:
+        """Return the checked row that runs a signature."""
+        return canvas.row(self.find_task, signature, options)
+
+    def start(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+        """Insert what runs a signature."""
+        return self._task_functions[1](self.row(signature, {}), connection, notify)
+
+    async def astart(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+        """`start` for coroutines."""
+        return await self._task_functions[2](self.row(signature, {}), connection, notify)
+
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a task's function here and now."""
+        task = self.find_task(name)
+        if not isinstance(task, Task):
+            raise DefinitionError(f"{name!r} is a machine, which can't be called; insert it")
+        return task(*args, **kwargs)
 
 
 def _types(value: Any, what: str) -> tuple[type[BaseException], ...]:

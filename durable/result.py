@@ -29,6 +29,14 @@ from durable.instance import TERMINAL, Snapshot
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
+CELERY_STATES = {
+    "executing": "STARTED",
+    "awaiting_signal": "STARTED",
+    "awaiting_children": "STARTED",
+    "done": "SUCCESS",
+    "failed": "FAILURE",
+    "cancelled": "REVOKED",
+}
 FIRST_POLL = 0.001
 LONGEST_POLL = 0.05
 UNREACHABLE_PAUSE = 1.0
@@ -93,6 +101,15 @@ class AsyncResult(Generic[R]):
         """The instance's status, or `not_found` for an id that never existed or is gone."""
         snapshot = self._snapshot()
         return "not_found" if snapshot is None else snapshot.status
+
+    @property
+    def state(self) -> str:
+        """`status` in Celery's words: PENDING STARTED RETRY SUCCESS FAILURE REVOKED; PENDING for what is not found."""
+        snapshot = self._snapshot()
+        if snapshot is None:
+            return "PENDING"
+        waits = "RETRY" if snapshot.error is not None else "STARTED" if snapshot.version else "PENDING"
+        return CELERY_STATES.get(snapshot.status, waits)
 
     def ready(self) -> bool:
         """Whether it is finished: done, failed or cancelled."""

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, Never, ParamSpec, Protocol, TypeVar
 
 from durable import validation
-from durable.errors import DefinitionError
+from durable.errors import DefinitionError, ValidationError
 from durable.insertion import InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
 from durable.result import AsyncResult
 from durable.retry import RetryPolicy
+from durable.signatures import OPTIONS, Home, Signature, group, instead_of, signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 STEP = "run"
 """The one step of a task."""
+MAPS = ("durable.map", "durable.amap")
+"""Names of the built-in tasks that call a function, or a coroutine function, with each of several items."""
 
 
 class Submit(Protocol):
@@ -58,6 +61,7 @@ class TaskOptions:
     serializer: str | None = None
     soft_time_limit: float | None = None
     time_limit: float | None = None
+    ignore_result: bool = False
 
     def __post_init__(self) -> None:
         validation.text(self.name, "a task's name")
@@ -90,6 +94,10 @@ def default_name(function: Callable[..., Any]) -> str:
     return f"{module}.{qualified}"
 
 
+HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+"""Methods that a base class of tasks may define."""
+
+
 class Task(Generic[P, R]):
     """A registered function. Calling it runs it here and now, like any function; `.delay()` enqueues an instance."""
 
@@ -100,6 +108,10 @@ class Task(Generic[P, R]):
             raise DefinitionError(f"a task must be a function, got {validation.shown(function)}")
         self.function = function
         self.options = options
+        self.has_hooks = any(getattr(type(self), name) is not getattr(Task, name) for name in HOOKS)
+        """Whether its base class has methods to be called around a step."""
+        self.home: Home | None = None
+        """The app that it is registered with."""
         self.is_async = inspect.iscoroutinefunction(function)
         self._encode = encode
         self._submit = submit
@@ -157,6 +169,7 @@ class Task(Generic[P, R]):
         on_conflict: str = "raise",
         connection: Any = None,
         notify_in_transaction: bool = True,
+        **unknown: Never,
     ) -> AsyncResult[R]:
         """Enqueue a run with options.
 
@@ -185,6 +198,7 @@ class Task(Generic[P, R]):
             correlation_scope=correlation_scope,
             max_attempts=max_attempts,
             on_conflict=on_conflict,
+            **unknown,
         )
         return self._submit(new, connection, notify_in_transaction)
 
@@ -202,6 +216,77 @@ class Task(Generic[P, R]):
         """`apply_async` for coroutines; `connection` is then psycopg's or SQLAlchemy's async one."""
         new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
         return await self._asubmit(new, connection, notify_in_transaction)
+
+    # For base classes: called in the worker around a step, before its outcome is committed; their errors are logged
+
+    def before_start(self, task_id: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Before the function is called."""
+
+    def on_success(self, retval: Any, task_id: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """After it returned."""
+
+    def on_failure(
+        self, exc: BaseException | None, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After the last attempt failed; `einfo` has the traceback, None (as `exc`) for a returned `Stop`."""
+
+    def on_retry(
+        self, exc: BaseException | None, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After an attempt that is followed by another."""
+
+    def after_return(
+        self, status: str, retval: Any, task_id: int, args: list[Any], kwargs: dict[str, Any], einfo: Any
+    ) -> None:
+        """After all of these; `status` is SUCCESS, FAILURE or RETRY, `retval` the result or the exception."""
+
+    # Signatures
+
+    def s(self, *args: Any, **kwargs: Any) -> Signature:
+        """Return this call as a signature; in a chain the result before it goes in front of these arguments."""
+        return signature(self, args, kwargs, home=self.home)
+
+    def si(self, *args: Any, **kwargs: Any) -> Signature:
+        """Return this call as an immutable signature: in a chain it gets these arguments and no others."""
+        return signature(self, args, kwargs, immutable=True, home=self.home)
+
+    def signature(
+        self,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        immutable: bool = False,
+        **options: Any,
+    ) -> Signature:
+        """Return a call with options as a signature: `task.signature((2, 2), countdown=10)`."""
+        return signature(self, args, kwargs, immutable=immutable, home=self.home, **options)
+
+    def map(self, items: Iterable[Any]) -> Signature:
+        """Return one run that calls the function with each item, one after another, and returns the list of results."""
+        return self._mapped(list(items), False)
+
+    def starmap(self, items: Iterable[Iterable[Any]]) -> Signature:
+        """`map` for items that are argument lists."""
+        return self._mapped([list(item) for item in items], True)
+
+    def chunks(self, items: Iterable[Iterable[Any]], size: int) -> Signature:
+        """Return a group of `starmap` runs of at most `size` items each; its result is a list of lists."""
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValidationError(f"chunks have at least one item, got a size of {validation.shown(size)}")
+        given = list(items)
+        return group([self.starmap(given[start : start + size]) for start in range(0, len(given), size)])
+
+    def _mapped(self, items: list[Any], star: bool) -> Signature:
+        own = self.options
+        return signature(
+            MAPS[self.is_async],
+            (self.name, items, star),
+            immutable=True,
+            home=self.home,
+            queue=own.queue,
+            priority=own.priority,
+            max_attempts=own.max_attempts,
+        )
 
     def new(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any) -> NewInstance:
         """Return the checked row for a run with these arguments and the options of an insert; writes nothing."""
@@ -225,6 +310,9 @@ class Task(Generic[P, R]):
             priority=own.priority,
         )
         if options:
+            for name in options:
+                if name not in OPTIONS:
+                    raise TypeError(f"{self.name}: there is no option {name!r}{instead_of(name)}")
             apply_options(new, InsertOptions(**options))
         return new
 

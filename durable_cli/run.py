@@ -144,7 +144,7 @@ def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:
         "server_version": found.server.version,
         "schema": app.schema,
         "remark": found.remark,
-        "tasks": sorted({name for name, _ in app.definitions}),
+        "tasks": sorted({name for name, _ in (*app.tasks, *app.machines)}),
     }
 
 

@@ -15,6 +15,7 @@ import time
 import psycopg
 
 from durable.app import Durable
+from durable.celery_signals import beat_init
 from durable.runtime import identity
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
@@ -57,6 +58,7 @@ class Beat:
             signal.signal(number, lambda *_: self.stop())
         signal.set_wakeup_fd(-1)
         log.info("beat %s starts", self._name)
+        beat_init.send(self._name)
         try:
             while not self._stopping:
                 try:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from durable.app import Durable
+from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
 from durable.runtime.engine import Engine
 from durable.runtime.shared import Bell, Seat, SharedSeats
@@ -118,9 +119,11 @@ def run_child(
     soft_limit.install()
     if app.conf.max_tasks_per_child or app.conf.max_memory_per_child:
         engine.slot.worn = Wear(app.conf.max_tasks_per_child, app.conf.max_memory_per_child, stop.retire).after_step
+    worker_process_init.send(name)
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()
     engine.slot.run()
     bell.ring()
     finished.wait()
+    worker_process_shutdown.send(name, pid=os.getpid(), exitcode=0)
     return 0

@@ -8,7 +8,7 @@ import traceback
 from contextvars import ContextVar
 from typing import Any
 
-from durable.errors import PayloadError
+from durable.errors import PayloadError, TaskFailed
 from durable.instance import Claimed
 from durable.serialization import Codec
 from durable.storage.claims import Commit
@@ -26,6 +26,9 @@ def failed(claimed: Claimed, error: BaseException) -> Commit:
 
 def stopped(claimed: Claimed, reason: Any, kind: str, codec: Codec, serializer: str | None) -> Commit:
     """Return the failure that `Stop(reason)` or `Cancel(reason)` asks for."""
+    if isinstance(reason, TaskFailed):  # another instance's failure, handed on as it was
+        text = error_text(reason.error_type, reason.message, reason.traceback_text)
+        return Commit(claimed, "failed", error=text, attempt=claimed.attempt)
     if isinstance(reason, BaseException):
         return failed(claimed, reason)
     try:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from durable.app import Durable
+from durable.celery_signals import worker_init, worker_ready, worker_shutdown
 from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
 from durable.runtime.child import run_child
@@ -90,6 +91,7 @@ class Supervisor:
             )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, self._heard)
+        worker_init.send(self._name)
         gc.collect()
         gc.freeze()  # what was imported stays on pages the children share
         self._fork_agent()
@@ -98,9 +100,11 @@ class Supervisor:
         if self._beat_wanted:
             self._fork_beat()
         log.info("worker %s: %d processes", self._name, len(self._places))
+        worker_ready.send(self._name)
         while not (self._draining is not None and self._all_gone()):
             self._turn()
         self._end_agent()
+        worker_shutdown.send(self._name)
         if self._reload:
             log.warning("worker %s starts afresh", self._name)
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again

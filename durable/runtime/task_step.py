@@ -19,6 +19,7 @@ from durable.runtime.soft_limit import within
 from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
+from durable.task_hooks import begun, ended, observed
 
 log = logging.getLogger("durable.step")
 
@@ -49,6 +50,17 @@ class TaskRunner:
             return failed(claimed, error)
         begin = self._begin and partial(self._begin, claimed, task.is_async)
         context: Context[Any] = Context(claimed, self._app, log, None, begin)
+        if not observed(task):
+            return self._step(claimed, task, context, args, kwargs)[0]
+        begun(task, context, args, kwargs)
+        commit, value, problem = self._step(claimed, task, context, args, kwargs)
+        ended(task, context, args, kwargs, commit.status, value, problem)
+        return commit
+
+    def _step(
+        self, claimed: Claimed, task: Task[..., Any], context: Context[Any], args: list[Any], kwargs: dict[str, Any]
+    ) -> tuple[Commit, Any, BaseException | None]:
+        """Return its outcome, with what it returned and what it failed or is tried again for."""
         try:
             with entered(context):
                 function = task.function
@@ -56,20 +68,21 @@ class TaskRunner:
                 if task.options.bind:
                     args = [context, *args]
                 value = within(seconds, self._coroutines, task.is_async, partial(function, *args, **kwargs))
-                return context.commit(self._outcome(claimed, task, value))
+                return context.commit(self._outcome(claimed, task, value)), value, None
         except StepAgain:
             raise
         except _Refused as refusal:
-            return failed(claimed, refusal.reason)
+            return failed(claimed, refusal.reason), None, refusal.reason
         except Cancel as cancel:
-            return stopped(claimed, cancel.reason, "Cancel", self._codec, task.options.serializer)
+            return stopped(claimed, cancel.reason, "Cancel", self._codec, task.options.serializer), None, cancel
         except RetryRequested as request:
-            return self._again(claimed, task, request.delay, request.cause or request.__context__ or request)
+            cause = request.cause or request.__context__ or request
+            return self._again(claimed, task, request.delay, cause, request.limit), None, cause
         except BaseException as error:
             log_failure(log, claimed, error)
             if task.options.retry.retries(error):
-                return self._again(claimed, task, None, error)
-            return failed(claimed, error)
+                return self._again(claimed, task, None, error), None, error
+            return failed(claimed, error), None, error
 
     def _outcome(self, claimed: Claimed, task: Task[..., Any], value: Any) -> Commit:
         """Turn a return value into a Commit; what can't be stored fails the instance at once, not after retries."""
@@ -85,16 +98,23 @@ class TaskRunner:
         elif isinstance(value, OUTCOMES):
             name = type(value).__name__
             raise _Refused(OutcomeError(f"{task.name} returned {name}: a task has one step; use a Machine"))
+        if task.options.ignore_result and claimed.parent_id is None:
+            value = None  # but a canvas or a machine that waits for it gets it
         try:
             return Commit(claimed, "done", self._codec.encode(value, "result", task.options.serializer))
         except PayloadError as error:
             raise _Refused(error) from error
 
     def _again(
-        self, claimed: Claimed, task: Task[..., Any], delay: float | None, error: BaseException | None
+        self,
+        claimed: Claimed,
+        task: Task[..., Any],
+        delay: float | None,
+        error: BaseException | None,
+        limit: int | None = None,
     ) -> Commit:
         """Another attempt after `delay` seconds (None: the task's backoff), or the end when none is left."""
-        limit = claimed.max_attempts or task.options.max_attempts or self._app.conf.max_attempts
+        limit = limit or claimed.max_attempts or task.options.max_attempts or self._app.conf.max_attempts
         if error is None:
             error = OutcomeError("the step asked for another attempt")
         if claimed.attempt + 1 >= limit:

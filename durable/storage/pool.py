@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-import select
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +20,7 @@ import psycopg_pool
 
 from durable.errors import DatabaseUnavailableError
 from durable.storage import arrays
+from durable.storage.loop_pool import LoopPool, readable
 from durable.storage.session import AsyncConnection, Connection, connection_defaults, describe, translated
 
 _pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
@@ -47,7 +47,7 @@ class ProducerPool:
         }
         self._lock = threading.Lock()
         self._sync: psycopg_pool.ConnectionPool[Connection] | None = None
-        self._async: dict[int, tuple[weakref.ref[Any], psycopg_pool.AsyncConnectionPool[AsyncConnection]]] = {}
+        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPool] = weakref.WeakKeyDictionary()
         self._turn = threading.RLock()
         self.borrowed: Connection | None = None
         """Somebody's connection in an open transaction, lent instead of ours: see `borrowing`."""
@@ -86,16 +86,16 @@ class ProducerPool:
     @asynccontextmanager
     async def aconnection(self) -> AsyncIterator[AsyncConnection]:
         """Lend an async connection of this event loop's pool; as `connection`."""
-        pool = await self._aopen()
+        pool = self._aopen()
         with translated(self._schema):
             try:
-                connection = await pool.getconn(timeout=self._timeout)
-            except psycopg_pool.PoolTimeout as error:
+                connection = await pool.take(self._timeout)
+            except TimeoutError as error:
                 raise (await asyncio.to_thread(self._unavailable)) from error
             try:
                 yield connection
             finally:
-                await pool.putconn(connection)
+                pool.give_back(connection)
 
     def _unavailable(self) -> DatabaseUnavailableError:
         """Ask the database why, once: a pool's timeout does not say it."""
@@ -123,34 +123,24 @@ class ProducerPool:
                 )
             return self._sync
 
-    async def _aopen(self) -> psycopg_pool.AsyncConnectionPool[AsyncConnection]:
+    def _aopen(self) -> LoopPool:
         loop = asyncio.get_running_loop()
-        known = self._async.get(id(loop))
-        if known is not None and known[0]() is loop:
-            return known[1]
+        with self._lock:
+            pool = self._async.get(loop)
+            if pool is None:
+                for ended in [other for other in self._async if other.is_closed()]:
+                    self._async.pop(ended).close()
+                pool = self._async[loop] = LoopPool(self._aconnect, self._size)
+            return pool
 
-        async def configure(connection: AsyncConnection) -> None:
-            arrays.register(connection.adapters)
-
-        async def dsn() -> str:
-            return await asyncio.to_thread(self._dsn)
-
-        pool: psycopg_pool.AsyncConnectionPool[AsyncConnection] = psycopg_pool.AsyncConnectionPool(
-            dsn,
-            kwargs=self._kwargs,
-            min_size=1,
-            max_size=self._size,
-            configure=configure,
-            reconnect_timeout=self._timeout,
-            name="durable-async",
-            open=False,
-        )
-        self._async[id(loop)] = (weakref.ref(loop), pool)
-        await pool.open()
-        return pool
+    async def _aconnect(self) -> AsyncConnection:
+        dsn = await asyncio.to_thread(self._dsn)
+        connection = await psycopg.AsyncConnection.connect(dsn, **self._kwargs)
+        arrays.register(connection.adapters)
+        return connection
 
     def close(self, timeout: float = 5.0) -> None:
-        """Close the sync connections of this process; using the pool again opens new ones.
+        """Close the sync connections of this process, and those of loops that have ended; it can be used again.
 
         timeout  seconds to wait for the pool's threads
         """
@@ -158,12 +148,14 @@ class ProducerPool:
             if self._sync is not None:
                 self._sync.close(timeout)
                 self._sync = None
+            for loop in [loop for loop in self._async if loop.is_closed()]:
+                self._async.pop(loop).close()
 
     async def aclose(self) -> None:
         """Close this event loop's connections."""
-        known = self._async.pop(id(asyncio.get_running_loop()), None)
-        if known is not None:
-            await known[1].close()
+        pool = self._async.pop(asyncio.get_running_loop(), None)
+        if pool is not None:
+            pool.close()
 
     def forget(self) -> None:
         """In a forked child: start afresh, and never touch the parent's connections."""
@@ -171,19 +163,13 @@ class ProducerPool:
         self._lock = threading.Lock()
         self._turn = threading.RLock()
         self._sync = None
-        self._async = {}
+        self._async = weakref.WeakKeyDictionary()
         self.borrowed = None
 
 
 def _check(connection: Connection) -> None:
-    """Raise OperationalError for a connection that died while idle.
-
-    An idle connection has nothing to read; one that has is closed (or has a notice). Looking costs a microsecond
-    where a query would cost a round trip on every `delay()`.
-    """
-    poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
-    if poll.poll(0):
+    """Raise OperationalError for a connection that died while idle."""
+    if readable(connection):
         connection.execute("SELECT 1", prepare=False)
 
 

@@ -1,0 +1,88 @@
+"""Inserting prepared rows, with the wake-ups they are due and Celery's publishing signals around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from durable.celery_signals import after_task_publish, before_task_publish
+from durable.instance import NewInstance
+from durable.storage import instances
+from durable.wakeups import Wakeups
+from durable.writer import Write, Writer
+
+Decode = Callable[[str, bytes, str], Any]
+
+
+class Inserter:
+    """Inserts for one app; `connection` is the caller's, or None."""
+
+    def __init__(self, writer: Writer, wakeups: Wakeups, decode: Decode) -> None:
+        self._writer = writer
+        self._wakeups = wakeups
+        self._decode = decode
+
+    def insert(self, new: NewInstance, connection: Any, notify: bool) -> int:
+        """Insert one row; return its id."""
+        self._before((new,))
+        instance_id = self._writer.write(self._one(new), connection, notify)
+        self._after((new,), (instance_id,))
+        return instance_id
+
+    async def ainsert(self, new: NewInstance, connection: Any, notify: bool) -> int:
+        """`insert` for coroutines."""
+        self._before((new,))
+        instance_id = await self._writer.awrite(self._one(new), connection, notify)
+        self._after((new,), (instance_id,))
+        return instance_id
+
+    def insert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
+        """Insert rows in one transaction; return an id per row, None where the key was occupied."""
+        self._before(batch)
+        ids = self._writer.write(self._many(batch), connection, notify) if batch else []
+        self._after(batch, ids)
+        return ids
+
+    async def ainsert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
+        """`insert_many` for coroutines."""
+        self._before(batch)
+        ids = await self._writer.awrite(self._many(batch), connection, notify) if batch else []
+        self._after(batch, ids)
+        return ids
+
+    def _one(self, new: NewInstance) -> Write[int]:
+        return Write(
+            instances.insert(new),
+            lambda _: self._wakeups.after_insert((new,)),
+            lambda _: self._wakeups.in_transaction((new,)),
+            atomic=False,
+        )
+
+    def _many(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
+        return Write(
+            instances.insert_many(batch),
+            lambda _: self._wakeups.after_insert(batch),
+            lambda _: self._wakeups.in_transaction(batch),
+        )
+
+    def _before(self, batch: Sequence[NewInstance]) -> None:
+        if before_task_publish.receivers:
+            for new in batch:
+                before_task_publish.send(
+                    new.machine, **self._published(new, None), properties={}, declare=[], retry_policy={}
+                )
+
+    def _after(self, batch: Sequence[NewInstance], ids: Sequence[int | None]) -> None:
+        if after_task_publish.receivers:
+            for new, instance_id in zip(batch, ids, strict=True):
+                if instance_id is not None:
+                    after_task_publish.send(new.machine, **self._published(new, instance_id))
+
+    def _published(self, new: NewInstance, instance_id: int | None) -> dict[str, Any]:
+        state = self._decode(*new.state, "state")
+        return {
+            "body": (state.get("args", []), state.get("kwargs", {}), {}),
+            "exchange": "",
+            "routing_key": new.queue,
+            "headers": {"task": new.machine, "id": instance_id},
+        }

@@ -1,0 +1,68 @@
+"""What is called around a task's step: its base class's methods, and receivers of Celery's signals.
+
+Before the outcome is committed; errors in them are logged and change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from durable import celery_signals as hooks
+from durable.context import Context
+from durable.task import Task
+
+log = logging.getLogger(__name__)
+
+_STATES = {"done": "SUCCESS", "failed": "FAILURE"}
+
+
+def observed(task: Task[..., Any]) -> bool:
+    """Whether anybody wants to know."""
+    return task.has_hooks or bool(hooks.connected_task_hooks)
+
+
+def begun(task: Task[..., Any], context: Context[Any], args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Tell that a step begins."""
+    hooks.task_prerun.send(task, task_id=context.id, task=task, args=args, kwargs=kwargs)
+    _call(task, "before_start", context.id, args, kwargs)
+
+
+def ended(
+    task: Task[..., Any],
+    context: Context[Any],
+    args: list[Any],
+    kwargs: dict[str, Any],
+    status: str,
+    value: Any,
+    error: BaseException | None,
+) -> None:
+    """Tell how it ended.
+
+    status  done or failed; anything else means another attempt
+    error   what it failed or is tried again for
+    """
+    state = _STATES.get(status, "RETRY")
+    info = None if error is None else hooks.ExceptionInfo(error)
+    retval: Any = value if error is None else error
+    if state == "SUCCESS":
+        hooks.task_success.send(task, result=value)
+        _call(task, "on_success", value, context.id, args, kwargs)
+    elif state == "FAILURE":
+        trace = None if info is None else info.tb
+        hooks.task_failure.send(
+            task, task_id=context.id, exception=error, args=args, kwargs=kwargs, traceback=trace, einfo=info
+        )
+        _call(task, "on_failure", error, context.id, args, kwargs, info)
+    else:
+        hooks.task_retry.send(task, request=context.request, reason=error, einfo=info)
+        _call(task, "on_retry", error, context.id, args, kwargs, info)
+    hooks.task_postrun.send(task, task_id=context.id, task=task, args=args, kwargs=kwargs, retval=retval, state=state)
+    _call(task, "after_return", state, retval, context.id, args, kwargs, info)
+
+
+def _call(task: Task[..., Any], name: str, *values: Any) -> None:
+    try:
+        getattr(task, name)(*values)
+    except Exception:
+        log.exception("%s of %s failed", name, task.name)
