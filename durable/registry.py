@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class TaskArguments(TypedDict, total=False):
-    """Options of `@app.task`; the last eleven under their names in Celery."""
+    """Options of `@app.task`; from `autoretry_for` on under their names in Celery."""
 
     name: str
     queue: str
