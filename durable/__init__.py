@@ -7,6 +7,7 @@ from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTi
 from durable.machine import Machine, step
 from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, SoftTimeLimitExceeded, Stop
 from durable.result import AsyncResult
+from durable.schedules import crontab, every
 from durable.signatures import Signature, chain, chord, group, signature
 from durable.task import Task
 
@@ -36,6 +37,8 @@ __all__ = [
     "__version__",
     "chain",
     "chord",
+    "crontab",
+    "every",
     "group",
     "signature",
     "step",

@@ -84,6 +84,12 @@ def _words(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _mapping_or_none(name: str, value: Any) -> Mapping[str, Any] | None:
+    if value is not None and (not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value)):
+        raise ConfigError(f"{name} must map names to entries, and is given in code; got {shown(value)}")
+    return value
+
+
 def _word(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must be a name, got {shown(value)}")
@@ -135,6 +141,9 @@ class Config:
     )
     max_memory_per_child: int | None = _setting(
         None, _count_or_none, "resident bytes beyond which a worker process is replaced after its step"
+    )
+    beat_schedule: Mapping[str, Any] | None = _setting(
+        None, _mapping_or_none, "periodic work as Celery writes it: name -> {task, schedule, args, kwargs, options}"
     )
     drain_timeout: float = _setting(10.0, _seconds_or_zero, "seconds that running steps get to end at shutdown")
     flush_batch: int = _setting(200, _count, "most outcomes in one commit")
