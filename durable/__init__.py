@@ -1,5 +1,6 @@
 """durable: tasks and state machines that survive, on nothing but Postgres."""
 
+from durable import telemetry
 from durable._version import __version__
 from durable.app import Durable
 from durable.context import Child, Context, Signal
@@ -42,4 +43,5 @@ __all__ = [
     "group",
     "signature",
     "step",
+    "telemetry",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from psycopg.conninfo import conninfo_to_dict
 
-from durable import Durable, __version__, validation
+from durable import Durable, __version__, telemetry, validation
 from durable.runtime.beat import Beat
 from durable.runtime.process import name_process
 from durable.runtime.supervisor import Supervisor
@@ -133,7 +133,9 @@ def beat(ctx: click.Context, loglevel: str, name: str | None) -> None:
     name_process("durable-beat")
     found = preflight.look(app)
     _announce(session, "beat", {"name": name, **_facts(app, found)})
-    ctx.exit(Beat(app, name).run())
+    with telemetry.process("beat"):
+        code = Beat(app, name).run()
+    ctx.exit(code)
 
 
 def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from typing import Any
 import psycopg
 
 from durable.app import Durable
-from durable.runtime import identity
+from durable.runtime import identity, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
@@ -227,6 +227,7 @@ class Agent:
                 len(total.crashed),
                 len(total.lost),
             )
+        reporting.reclaimed(total.taken)
         self._wake_for(total.by_queue)
 
     def _wake_for(self, by_queue: dict[str, int]) -> None:
@@ -254,6 +255,7 @@ class Agent:
             )
             if taken.ids:
                 log.warning("%s; %d rows are handed back", death.cause, len(taken.ids))
+            reporting.reclaimed(taken.taken)
             self._wake_for(taken.by_queue)
 
     # Waking children
@@ -348,6 +350,8 @@ class Agent:
         if probe.due:
             for operation_of in (maintenance.promote, maintenance.time_out):
                 woken = self._link.run(operation_of(PROMOTE_BATCH))
+                if operation_of is maintenance.time_out:
+                    reporting.timed_out(woken)
                 for operation in self._app.wakeups.promoted(woken):
                     self._link.run(operation)
         if probe.expired and self._app.conf.reaper:

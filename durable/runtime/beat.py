@@ -16,7 +16,7 @@ import psycopg
 
 from durable.app import Durable
 from durable.celery_signals import beat_init
-from durable.runtime import identity
+from durable.runtime import identity, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
@@ -120,6 +120,8 @@ class Beat:
         """Make due rows runnable and fire schedules, then sleep until the next is due, as the database's clock says."""
         for operation_of in (maintenance.promote, maintenance.time_out):
             while woken := self._link.run(operation_of(PROMOTE_BATCH)):
+                if operation_of is maintenance.time_out:
+                    reporting.timed_out(woken)
                 for operation in self._app.wakeups.promoted(woken):
                     self._link.run(operation)
         self._firing.fire()
