@@ -16,7 +16,7 @@ from durable import Durable, __version__, telemetry, validation
 from durable.runtime.beat import Beat
 from durable.runtime.process import name_process
 from durable.runtime.supervisor import Supervisor
-from durable_cli import logs, preflight
+from durable_cli import logs, metrics, preflight
 from durable_cli.output import flush, note, print_json
 from durable_cli.session import Session, app_options
 from durable_cli.values import BYTES, NAME, PREFETCH, SECONDS, Checked
@@ -74,6 +74,7 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
     "--max-memory-per-child", type=BYTES, metavar="SIZE",
     help="Resident size beyond which a process is replaced after its step: 200MB, or a number of KiB.",
 )  # fmt: skip
+@metrics.port_option
 @app_options
 @click.pass_context
 def worker(
@@ -87,6 +88,7 @@ def worker(
     drain_timeout: float | None,
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
+    metrics_port: int | None,
 ) -> None:
     """Run tasks in forked worker processes.
 
@@ -97,6 +99,7 @@ def worker(
     processes = sum(counts.values())
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
+    ctx.with_resource(metrics.shared(metrics_port))
     app = session.app()
     given = {
         "prefetch": prefetch,
@@ -105,6 +108,7 @@ def worker(
         "max_memory_per_child": max_memory_per_child,
     }
     app.conf.update(**{setting: value for setting, value in given.items() if value is not None})
+    metrics.serve(metrics_port, "agent")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel)
     name_process("durable-worker")
@@ -122,12 +126,15 @@ def worker(
 @click.command()
 @loglevel_option
 @name_option
+@metrics.port_option
 @app_options
 @click.pass_context
-def beat(ctx: click.Context, loglevel: str, name: str | None) -> None:
+def beat(ctx: click.Context, loglevel: str, name: str | None, metrics_port: int | None) -> None:
     """Run what goes by the clock: due instances, leases that ran out, garbage. Any number may run."""
     session: Session = ctx.obj
+    ctx.with_resource(metrics.shared(metrics_port))
     app = session.app()
+    metrics.serve(metrics_port, "beat")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel)
     name_process("durable-beat")
