@@ -168,6 +168,7 @@ class Config:
     listen_dsn: str | None = _setting(
         None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling"
     )
+    log_payloads: bool = _setting(False, _flag, "whether workers log the arguments of each step, at level debug")
     notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
     task_always_eager: bool = _setting(False, _flag, "whether delay() runs the task here and now, without a database")
     task_eager_propagates: bool = _setting(False, _flag, "whether an eager task's exception comes out of delay()")

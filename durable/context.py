@@ -29,7 +29,7 @@ _current: ContextVar[Context[Any] | None] = ContextVar("durable_context", defaul
 
 
 class _StepLogger(logging.LoggerAdapter[logging.Logger]):
-    """Adds instance, step and attempt to every record, never a payload."""
+    """Adds instance, task, step, attempt and queue to every record, never a payload."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
@@ -153,7 +153,14 @@ class Context(Generic[S]):
         self.state: S = state
         self.app = app
         self.log = _StepLogger(
-            log, {"instance": claimed.id, "step": claimed.step, "attempt": claimed.attempt, "task": claimed.machine}
+            log,
+            {
+                "instance": claimed.id,
+                "task": claimed.machine,
+                "step": claimed.step,
+                "attempt": claimed.attempt,
+                "queue": claimed.queue,
+            },
         )
 
     @property

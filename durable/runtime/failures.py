@@ -51,6 +51,7 @@ def log_failure(log: logging.Logger, claimed: Claimed, error: BaseException) -> 
             "task": claimed.machine,
             "step": claimed.step,
             "attempt": claimed.attempt,
+            "queue": claimed.queue,
             "error": f"{type(error).__name__}: {message_of(error)}"[:200],
         },
     )

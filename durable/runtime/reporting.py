@@ -15,6 +15,7 @@ from durable.instance import Claimed
 from durable.storage.claims import Commit
 
 log = logging.getLogger(__name__)
+_step_log = logging.getLogger("durable.step")
 
 _KINDS = {"children": "schedule_childs"}
 _ENDS = {"done": "done", "failed": "stop", "cancelled": "stop"}
@@ -86,6 +87,21 @@ def _error_of(commit: Commit | None) -> str | None:
 def _about(commit: Commit) -> dict[str, object]:
     claimed = commit.claimed
     return {"id": claimed.id, "fsm": claimed.machine, "step": claimed.step, "kind": kind_of(commit)}
+
+
+def arguments(claimed: Claimed, value: object) -> None:
+    """A step begins, and its payloads are to be logged: `value` is its arguments, or its state."""
+    _step_log.debug(
+        "step starts",
+        extra={
+            "instance": claimed.id,
+            "task": claimed.machine,
+            "step": claimed.step,
+            "attempt": claimed.attempt,
+            "queue": claimed.queue,
+            "arguments": value,
+        },
+    )
 
 
 def picked(queue: str, worker: int, demand: int, count: int) -> None:
