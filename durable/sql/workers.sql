@@ -97,6 +97,31 @@ SELECT w.id, w.kind, w.name, w.host, w.pid, w.queue, w.slots, w.started_at, w.he
        (SELECT count(*) FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
 FROM {schema}.workers AS w WHERE w.dead_at IS NULL ORDER BY w.kind, w.name, w.id;
 
+-- name: health
+-- Leases nobody has ended, of one name and one host. Params: name, host text|null (any).
+-- Rows: id, kind, name, host, pid, command_pid, queue, live, seconds since the last heartbeat.
+SELECT id, kind, name, host, pid, command_pid, queue, expires_at > clock_timestamp(),
+       extract(epoch FROM clock_timestamp() - heartbeat_at)::float8
+FROM {schema}.workers
+WHERE dead_at IS NULL AND (%(name)s::text IS NULL OR name = %(name)s) AND (%(host)s::text IS NULL OR host = %(host)s)
+ORDER BY kind, name, id;
+
+-- name: queue_heads
+-- Who is next in the queues of these workers, and how many of their slots run nothing.
+-- Params: workers bigint[], known text[]|null ("name:version"; all). Rows: queue, free, id, seconds it has waited.
+SELECT q.queue, q.free, h.id, extract(epoch FROM clock_timestamp() - h.eligible_at)::float8
+FROM (SELECT w.queue,
+             sum(greatest(0, w.slots - (SELECT count(*) FROM {schema}.instances AS i
+                                        WHERE i.worker_id = w.id AND i.status = 'executing')))::int AS free
+      FROM {schema}.workers AS w
+      WHERE w.id = ANY (%(workers)s::bigint[]) GROUP BY w.queue) AS q
+CROSS JOIN LATERAL (
+    SELECT i.id, i.eligible_at FROM {schema}.instances AS i
+    WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes = 0
+      AND (%(known)s::text[] IS NULL OR i.machine || ':' || i.machine_version = ANY (%(known)s::text[]))
+    ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS h
+ORDER BY q.queue;
+
 -- name: server
 -- What the overview and a worker's start want to know of the server. Rows: version, database, max_connections.
 SELECT split_part(current_setting('server_version'), ' ', 1), current_database()::text,
