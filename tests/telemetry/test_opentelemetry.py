@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from durable.adapters import opentelemetry as adapter
 from durable.runtime.step_transaction import StepAgain
 from tests.fix_db import wait_until
 from tests.machines.driver import Driver, View
+
+PAGE = Path(__file__).parents[2] / "docs" / "telemetry.md"
 
 
 class Traced:
@@ -322,36 +325,23 @@ def test_the_events_become_metrics(app: Durable, driver: Driver) -> None:
     provider.shutdown()
 
 
-def test_real_workers_export_what_they_trace_and_measure(
+def test_real_workers_set_up_as_the_page_says_export_what_they_trace_and_measure(
     tasks_module: Callable[[str], Path], durable_worker: Any, tmp_path: Path, connection: Any, schema: str
 ) -> None:
-    tasks_module("""
+    (example,) = re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    folder = tasks_module("""
         import os, pathlib
-        from opentelemetry import metrics, trace
-        from opentelemetry.sdk.metrics import MeterProvider
-        from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
-        from durable import telemetry
-        from durable.adapters.opentelemetry import instrument
+        from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        instrument()
+        def to_file(kind, exporter):
+            out = pathlib.Path(__file__).with_name(f"{kind}-{os.getpid()}.jsonl").open("w")
+            return exporter(out=out, formatter=lambda thing: thing.to_json(indent=None) + "\\n")
 
-        @telemetry.on_process_start
-        def connect(role):
-            spans = pathlib.Path(__file__).with_name(f"spans-{os.getpid()}.jsonl").open("w")
-            numbers = pathlib.Path(__file__).with_name(f"metrics-{os.getpid()}.jsonl").open("w")
-            line = lambda thing: thing.to_json(indent=None) + "\\n"
-            provider = TracerProvider()
-            provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter(out=spans, formatter=line)))
-            trace.set_tracer_provider(provider)
-            exporter = ConsoleMetricExporter(out=numbers, formatter=line)
-            metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(exporter)]))
+        OTLPSpanExporter = lambda: to_file("spans", ConsoleSpanExporter)
+        OTLPMetricExporter = lambda: to_file("metrics", ConsoleMetricExporter)
 
-        @telemetry.on_process_stop
-        def disconnect(role):
-            trace.get_tracer_provider().shutdown()
-            metrics.get_meter_provider().shutdown()
+        # example
 
         @app.task
         def inner():
@@ -361,10 +351,11 @@ def test_real_workers_export_what_they_trace_and_measure(
         def outer():
             inner.delay()
 
-        if __name__ != "__main__":
-            app.migrate()
-            app.close()
+        app.migrate()
+        app.close()
     """)
+    tasks = folder / "tasks.py"
+    tasks.write_text(tasks.read_text().replace("# example", example))
     worker = durable_worker("worker", "-c", "2")
     call = durable_worker("call", "tasks.outer", "--wait", wait=False)
     assert call.process.wait(20) == 0, call.output()
