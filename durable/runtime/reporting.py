@@ -21,6 +21,17 @@ _KINDS = {"children": "schedule_childs"}
 _ENDS = {"done": "done", "failed": "stop", "cancelled": "stop"}
 
 
+def fields(claimed: Claimed) -> dict[str, object]:
+    """Return the fields of a log record about a step: which one of which instance, no payload."""
+    return {
+        "instance": claimed.id,
+        "task": claimed.machine,
+        "step": claimed.step,
+        "attempt": claimed.attempt,
+        "queue": claimed.queue,
+    }
+
+
 def kind_of(commit: Commit) -> str:
     """Return the kind of an outcome as events name it: next, retry, await, schedule_childs, done or stop."""
     return _ENDS[commit.status] if commit.kind == "end" else _KINDS.get(commit.kind, commit.kind)
@@ -91,17 +102,7 @@ def _about(commit: Commit) -> dict[str, object]:
 
 def arguments(claimed: Claimed, value: object) -> None:
     """A step begins, and its payloads are to be logged: `value` is its arguments, or its state."""
-    _step_log.debug(
-        "step starts",
-        extra={
-            "instance": claimed.id,
-            "task": claimed.machine,
-            "step": claimed.step,
-            "attempt": claimed.attempt,
-            "queue": claimed.queue,
-            "arguments": value,
-        },
-    )
+    _step_log.debug("step starts", extra={**fields(claimed), "arguments": value})
 
 
 def picked(queue: str, worker: int, demand: int, count: int) -> None:
@@ -145,7 +146,7 @@ def unknown(claimed: Claimed) -> None:
         "task %s version %d is not known here; its instances are left to other workers",
         claimed.machine,
         claimed.machine_version,
-        extra={"instance": claimed.id, "task": claimed.machine, "step": claimed.step, "queue": claimed.queue},
+        extra=fields(claimed),
     )
 
 

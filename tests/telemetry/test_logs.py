@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
-from durable import Durable
+from durable import Context, Done, Durable, Machine, ScheduleChildren, step
 from durable_cli.logs import JsonFormatter, LineFormatter
 from tests.cli.conftest import Ran, durable, here, process
 from tests.fix_db import wait_until
@@ -162,3 +163,30 @@ def test_a_json_line_carries_the_traceback() -> None:
             JsonFormatter().format(record("it failed", exc_info=(ValueError, error, error.__traceback__)))
         )
     assert entry["traceback"].endswith("ValueError: no")
+
+
+def test_a_state_that_does_not_fit_is_named_by_its_field_and_not_by_its_value(
+    app: Durable, driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Order(pydantic.BaseModel):
+        number: int
+
+    @app.machine(name="Child")
+    class Child(Machine):
+        State = Order
+
+        @step
+        def start(self, ctx: Context[Order]) -> Any:
+            return Done()
+
+    @app.machine(name="Parent")
+    class Parent(Machine):
+        @step
+        def start(self, ctx: Context) -> Any:
+            return ScheduleChildren([(Child, {"kwargs": {"number": SECRET}})], then=self.start)
+
+    parent = Parent.delay()
+    driver.drain()
+    assert "unable to parse string as an integer - at `$.number`" in str(parent.error)
+    assert "child 0: state of Child" in str([vars(record) for record in caplog.records])
+    assert SECRET not in str([vars(record) for record in caplog.records])
