@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from durable import validation
+from durable import tracing, validation
 from durable.config import Config
 from durable.errors import ConfigError, DefinitionError, DurableError
 from durable.instance import NewInstance
@@ -117,7 +117,8 @@ class PeriodicWork:
         for option in _TIMES:
             if option in options:
                 raise DefinitionError(f"{option} makes no sense for periodic work: its schedule says when")
-        new = self.prepare(target, {"args": tuple(args), "kwargs": kwargs, **options})
+        with tracing.declaring():
+            new = self.prepare(target, {"args": tuple(args), "kwargs": kwargs, **options})
         if new.expires_at is not None:
             raise DefinitionError("expires must be a number of seconds: it counts from each occurrence")
         return Periodic(validation.text(name, "a schedule's name"), as_schedule(schedule), misfire, overlap, new)

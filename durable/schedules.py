@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
+from durable import tracing
 from durable.errors import DefinitionError
 from durable.instance import NewInstance, Payload
 from durable.validation import MAX_DELAY, shown
@@ -106,7 +107,8 @@ class Periodic:
 def template(new: NewInstance) -> dict[str, Any]:
     """Return a row without its payload, as JSON keeps it: what differs from the defaults."""
     values = {field.name: getattr(new, field.name) for field in dataclasses.fields(new) if field.name != "state"}
-    defaults = NewInstance(new.machine, new.state)
+    with tracing.declaring():
+        defaults = NewInstance(new.machine, new.state)
     return {name: value for name, value in values.items() if value != getattr(defaults, name) or name == "machine"}
 
 

@@ -7,7 +7,9 @@ Without a tracer nothing is asked, stored or read. A tracer that fails is logged
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Tracer(Protocol):
 
 
 _tracer: Tracer | None = None
+_nothing_happens: ContextVar[bool] = ContextVar("durable_nothing_happens", default=False)
 
 
 def trace_with(tracer: Tracer | None) -> None:
@@ -59,13 +62,23 @@ def tracer() -> Tracer | None:
 
 def context(kind: str, name: str) -> str | None:
     """Return the trace context to store with what is inserted or signalled now; None when nothing traces."""
-    if _tracer is None:
+    if _tracer is None or _nothing_happens.get():
         return None
     try:
         return _tracer.context(kind, name)
     except Exception:
         failed()
         return None
+
+
+@contextmanager
+def declaring() -> Iterator[None]:
+    """Rows that are made in this block are not inserted now: they have no trace context."""
+    token = _nothing_happens.set(True)
+    try:
+        yield
+    finally:
+        _nothing_happens.reset(token)
 
 
 def failed() -> None:

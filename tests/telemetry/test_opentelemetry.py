@@ -17,8 +17,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step, tracing
+from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, chain, every, step, tracing
 from durable.adapters import opentelemetry as adapter
+from durable.runtime.periodic import Firing
 from durable.runtime.step_transaction import StepAgain
 from tests.fix_db import wait_until
 from tests.machines.driver import Driver, View
@@ -259,6 +260,38 @@ def test_a_step_that_did_not_happen_is_a_span_without_an_outcome(app: Durable, d
     driver.drain()
     outcomes = [(span.attributes or {})["durable.outcome"] for span in traced.spans if span.name == "work run"]
     assert outcomes == ["again", "done"]
+
+
+def test_each_occurrence_of_periodic_work_is_a_trace_of_its_own_and_a_declaration_is_none(
+    app: Durable, driver: Driver, traced: Traced, connection: Any
+) -> None:
+    @app.periodic(every(3600))
+    @app.task(name="hourly")
+    def hourly() -> None: ...
+
+    firing = Firing(app, driver.engine._link)
+    firing.declare()
+    assert traced.spans == []
+    for _ in range(2):
+        connection.execute(f"UPDATE {app.schema}.schedules SET next_at = now() - interval '1 s'")
+        assert firing.fire() == 1
+    driver.drain()
+    assert traced.tree() == [("insert hourly", None)] * 2 + [("hourly run", "insert hourly")] * 2
+    steps = [span for span in traced.spans if span.name == "hourly run"]
+    assert len({span.context.trace_id for span in steps if span.context}) == 2
+
+
+def test_a_canvas_is_one_trace(app: Durable, driver: Driver, traced: Traced) -> None:
+    @app.task(name="add")
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    with traced.tracer.start_as_current_span("request"):
+        chain(add.s(1, 2), add.s(3)).delay()
+    driver.drain()
+    runs = [span for span in traced.spans if span.name == "add run"]
+    assert len(runs) == 2
+    assert len({span.context.trace_id for span in traced.spans if span.context}) == 1
 
 
 class Broken:
