@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_one_scrape_sees_all_processes_of_a_worker_and_outlives_their_deaths(
     os.kill(agent, signal.SIGKILL)
     wait_until(lambda: done("work") == 5, what="the new agent serves")
     assert worker.stop() == 0
-    assert not list(Path("/tmp").glob(f"durable-metrics-{worker.pid}-*"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"durable-metrics-{worker.pid}-*"))
 
 
 def test_a_beat_serves_its_own(
@@ -129,8 +130,10 @@ def test_a_beat_serves_its_own(
 ) -> None:
     tasks_module(TASKS)
     port = free_port()
-    durable_worker("beat", "--metrics-port", str(port))
+    beat = durable_worker("beat", "--metrics-port", str(port))
     wait_until(lambda: ("durable_gc_swept_total", ()) in scrape(port))
+    assert beat.stop() == 0
+    assert not list(Path(tempfile.gettempdir()).glob(f"durable-metrics-{beat.pid}-*"))
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(
