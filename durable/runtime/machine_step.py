@@ -60,8 +60,7 @@ class MachineRunner:
         if self._app.conf.log_payloads:
             reporting.arguments(claimed, data)
         is_async = inspect.iscoroutinefunction(step)
-        begin = self._begin and partial(self._begin, claimed, is_async)
-        context: Context[Any] = Context(claimed, self._app, log, state, begin)
+        context: Context[Any] = Context(claimed, self._app, log, state, self._begin, is_async)
         machine = definition.cls()
         error_seen: BaseException
         try:

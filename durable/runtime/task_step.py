@@ -51,8 +51,7 @@ class TaskRunner:
             return failed(claimed, error)
         if self._app.conf.log_payloads:
             reporting.arguments(claimed, state)
-        begin = self._begin and partial(self._begin, claimed, task.is_async)
-        context: Context[Any] = Context(claimed, self._app, log, None, begin)
+        context: Context[Any] = Context(claimed, self._app, log, None, self._begin, task.is_async)
         if not observed(task):
             return self._step(claimed, task, context, args, kwargs)[0]
         begun(task, context, args, kwargs)
