@@ -56,7 +56,8 @@ WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
 -- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
 -- It waits for no lock, so it needs no order; asked for one, the planner would walk the primary key of every row.
 -- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
---         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed.
+--         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed,
+--         concurrency_key, gate_shard.
 WITH taken AS MATERIALIZED (
     SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AND NOT i.terminate_requested AS crashed
     FROM {schema}.instances AS i
@@ -75,7 +76,7 @@ SET status = CASE WHEN j.cancelled THEN 'cancelled' WHEN j.lost THEN 'failed' EL
     error = CASE WHEN j.cancelled THEN i.error WHEN j.lost THEN %(error)s ELSE i.error END,
     crashes = i.crashes + j.crashed::int, worker_id = NULL
 FROM judged AS j WHERE i.ctid = j.row
-RETURNING i.id, i.queue, i.status::text, j.crashed;
+RETURNING i.id, i.queue, i.status::text, j.crashed, i.concurrency_key, i.gate_shard;
 
 -- name: terminations
 -- Which of these claims are to be killed for a cancel. Params: ids bigint[], tokens int[]. Rows: id, token.
