@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.database import bench_database
 from benchmarks.drain import measure
+from benchmarks.limits import backlog
 from benchmarks.machines import fanout, latency, signals, steps
 
 
@@ -73,6 +74,20 @@ def machines(processes: int, count: int, parked: int) -> None:
             click.echo(f"{parked:,} parked, {name}: {rate:,.0f}/s")
         for name, figure in latency(database, processes).items():
             click.echo(f"{name}: {figure:.1f} ms")
+
+
+@main.command()
+@click.option("--processes", default=2, show_default=True, help="Worker processes.")
+@click.option("--count", default=200_000, show_default=True, help="Unlimited no-op tasks per run.")
+@click.option("--throttled", default=100_000, show_default=True, help="Rows before them that wait for tokens.")
+@click.option("--rounds", default=3, show_default=True, help="Interleaved runs of each kind.")
+def limits(processes: int, count: int, throttled: int, rounds: int) -> None:
+    """Drain of unlimited tasks with and without throttled rows at the head of their queue."""
+    with bench_database() as database:
+        rates = backlog(database, processes, count, throttled, rounds)
+    alone = next(iter(rates.values()))
+    for kind, rate in rates.items():
+        click.echo(f"{kind}: {rate:,.0f}/s, {rate / alone:.2f} of that alone")
 
 
 def _range(runs: list[float]) -> str:

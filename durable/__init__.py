@@ -5,6 +5,7 @@ from durable._version import __version__
 from durable.app import Durable
 from durable.context import Child, Context, Signal
 from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTimeout, TaskCancelled, TaskFailed
+from durable.limits import ConcurrencyLimit, RateLimit
 from durable.machine import Machine, step
 from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, SoftTimeLimitExceeded, Stop
 from durable.result import AsyncResult
@@ -17,6 +18,7 @@ __all__ = [
     "Await",
     "Cancel",
     "Child",
+    "ConcurrencyLimit",
     "Context",
     "Done",
     "DuplicateError",
@@ -25,6 +27,7 @@ __all__ = [
     "Machine",
     "Next",
     "NoTargetError",
+    "RateLimit",
     "ResultTimeout",
     "Retry",
     "ScheduleChildren",

@@ -19,11 +19,13 @@ from durable import validation
 from durable.batch import Batch, collecting
 from durable.config import Config
 from durable.context import Child, child_of
-from durable.control import Control
+from durable.control import Control, delivering
 from durable.eager import Eager
-from durable.errors import UnknownTaskError, ValidationError
-from durable.inserter import Inserter
-from durable.instance import NewInstance, NewSignal, Payload, Snapshot
+from durable.errors import ValidationError
+from durable.inserter import Inserter, prepare_many
+from durable.instance import NewInstance, Payload, Snapshot
+from durable.limit_rows import LimitRows
+from durable.limits import ConcurrencyLimit, RateLimit
 from durable.machine import Machine, MachineDefinition, definition_of
 from durable.messages import accepted, new_signal, new_signals
 from durable.registry import Definition, Registry
@@ -31,12 +33,12 @@ from durable.result import AsyncResult, Watcher
 from durable.serialization import Codec
 from durable.signatures import Signature
 from durable.sql import Statements
-from durable.storage import instances, migrations, signals
+from durable.storage import instances, migrations
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, arun, run
+from durable.storage.session import Operation, arun, run, run_atomically
 from durable.task import Task
 from durable.wakeups import Wakeups
-from durable.writer import Write, Writer
+from durable.writer import Writer
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -50,16 +52,27 @@ class Durable(Registry):
     name     for logs and `application_name`
     dsn      of the database; falls back to DURABLE_DSN, then to the embedded server
     schema   where its tables are; several apps share a database by schema
+    rate_limits, concurrency_limits  by name; stored at migrate and when workers start, unless set by hand
     settings every one of `durable.config.Config`
     Raises ConfigError for a wrong setting or DSN, naming it.
     """
 
-    def __init__(self, name: str, *, dsn: str | None = None, schema: str = "durable", **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        dsn: str | None = None,
+        schema: str = "durable",
+        rate_limits: Mapping[str, RateLimit] | None = None,
+        concurrency_limits: Mapping[str, ConcurrencyLimit] | None = None,
+        **settings: Any,
+    ) -> None:
         self.name = validation.text(name, "an app's name", 60)
         self.schema = validation.schema(schema)
         self.conf = Config.load(**settings)
         self.database = dsn_module.Database(dsn)
         self.sql = Statements(self.schema)
+        self.limit_rows = LimitRows(rate_limits, concurrency_limits)
         super().__init__(self._encode, self._submit, self._asubmit)
         self.embedded_schema_made = False
         """Whether the embedded server is known to have the schema; a command sets it before it forks."""
@@ -110,7 +123,7 @@ class Durable(Registry):
         Returns the results of those inserted, in order; those whose correlation key is occupied are dropped.
         Raises ValidationError naming the index of a bad one; nothing is inserted then.
         """
-        rows = self._prepare_many(targets)
+        rows = prepare_many(self.prepare, targets)
         if self.conf.task_always_eager:
             return [Eager(self).run(row) for row in rows]
         ids = self.insert_rows(rows, connection, notify_in_transaction)
@@ -124,7 +137,7 @@ class Durable(Registry):
         notify_in_transaction: bool = True,
     ) -> list[AsyncResult[Any]]:
         """`insert_many` for coroutines."""
-        rows = self._prepare_many(targets)
+        rows = prepare_many(self.prepare, targets)
         if self.conf.task_always_eager:
             return [Eager(self).run(row) for row in rows]
         ids = await self.ainsert_rows(rows, connection, notify_in_transaction)
@@ -153,7 +166,7 @@ class Durable(Registry):
         Raises NoTargetError when nothing live is there, PayloadError, ValidationError; nothing is written then.
         """
         batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
-        delivery = self._writer.write(self._delivery(batch), connection, notify_in_transaction)
+        delivery = self._writer.write(delivering(batch, self.wakeups), connection, notify_in_transaction)
         return accepted(delivery.stored, batch)
 
     async def asignal(
@@ -168,7 +181,7 @@ class Durable(Registry):
     ) -> bool:
         """`signal` for coroutines."""
         batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
-        write = self._delivery(batch)
+        write = delivering(batch, self.wakeups)
         return accepted((await self._writer.awrite(write, connection, notify_in_transaction)).stored, batch)
 
     def signal_many(
@@ -178,14 +191,14 @@ class Durable(Registry):
 
         Returns for each True (new), False (a duplicate of its dedup key) or None (nothing live there).
         """
-        write = self._delivery(new_signals(self.codec.encode, messages))
+        write = delivering(new_signals(self.codec.encode, messages), self.wakeups)
         return self._writer.write(write, connection, notify_in_transaction).stored
 
     async def asignal_many(
         self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
     ) -> list[bool | None]:
         """`signal_many` for coroutines."""
-        write = self._delivery(new_signals(self.codec.encode, messages))
+        write = delivering(new_signals(self.codec.encode, messages), self.wakeups)
         return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
     def cancel(
@@ -224,7 +237,9 @@ class Durable(Registry):
     def migrate(self) -> list[str]:
         """Create or upgrade the schema and return the names of the migrations applied."""
         with self._pool.connection() as connection:
-            return [migration.name for migration in migrations.migrate(connection, self.schema)]
+            applied = migrations.migrate(connection, self.schema)
+            run_atomically(connection, self.sql, self.limit_rows.declare())
+        return [migration.name for migration in applied]
 
     def close(self) -> None:
         """Close this process's connections; the app can be used again."""
@@ -317,7 +332,7 @@ class Durable(Registry):
 
     @property
     def _inserter(self) -> Inserter:
-        return Inserter(self._writer, self.wakeups, self.codec.decode)
+        return Inserter(self._writer, self.wakeups, self.limit_rows, self.codec.decode)
 
     @property
     def _watcher(self) -> Watcher:
@@ -348,24 +363,6 @@ class Durable(Registry):
         if isinstance(target, str):
             return self.find_task(target)
         raise ValidationError(f"a target is a task, a machine or the name of one, got {validation.shown(target)}")
-
-    def _prepare_many(self, targets: Iterable[tuple[Target, Mapping[str, Any]]]) -> list[NewInstance]:
-        prepared = []
-        for index, entry in enumerate(targets):
-            try:
-                target, options = entry
-                prepared.append(self._resolve(target).new(**options))
-            except (ValidationError, UnknownTaskError, TypeError, ValueError) as error:
-                raise ValidationError(f"insert_many, entry {index}: {error}") from error
-        return prepared
-
-    def _delivery(self, batch: list[NewSignal]) -> Write[signals.Delivery]:
-        return Write(
-            signals.deliver(batch),
-            lambda delivery: self.wakeups.became_ready(delivery.ready),
-            lambda delivery: self.wakeups.any_queue() if delivery.ready else (),
-            atomic=False,
-        )
 
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
         if self.conf.task_always_eager:

@@ -1,4 +1,4 @@
-"""Steering instances that are already there: cancelling by id or correlation key, retrying what failed."""
+"""Steering instances that are already there: cancelling by id or correlation key, retrying what failed, signalling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import psycopg
 
 from durable import validation
 from durable.errors import DuplicateError
-from durable.storage import instances
+from durable.instance import NewSignal
+from durable.storage import instances, signals
 from durable.storage.instances import Cancelled
 from durable.storage.session import Operation
 from durable.wakeups import Wakeups
@@ -73,3 +74,13 @@ def _cancel_key(key: str, reason: str, cascade: bool, terminate: bool) -> Operat
 
 def _asking_rival(instance_id: int) -> Write[tuple[str, int | None]]:
     return Write(instances.rival(instance_id), lambda _: (), lambda _: (), atomic=False)
+
+
+def delivering(batch: list[NewSignal], wakeups: Wakeups) -> Write[signals.Delivery]:
+    """Return the write of signals to instances."""
+    return Write(
+        signals.deliver(batch),
+        lambda done: wakeups.became_ready(done.ready),
+        lambda done: wakeups.any_queue() if done.ready else (),
+        atomic=False,
+    )

@@ -1,12 +1,14 @@
-"""Inserting prepared rows, with the wake-ups they are due and Celery's publishing signals around them."""
+"""Inserting prepared rows: their limits are checked first, wake-ups and Celery's publishing signals go around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from durable.celery_signals import after_task_publish, before_task_publish
+from durable.errors import UnknownTaskError, ValidationError
 from durable.instance import NewInstance
+from durable.limit_rows import LimitRows
 from durable.storage import instances
 from durable.wakeups import Wakeups
 from durable.writer import Write, Writer
@@ -17,8 +19,9 @@ Decode = Callable[[str, bytes, str], Any]
 class Inserter:
     """Inserts for one app; `connection` is the caller's, or None."""
 
-    def __init__(self, writer: Writer, wakeups: Wakeups, decode: Decode) -> None:
+    def __init__(self, writer: Writer, wakeups: Wakeups, limits: LimitRows, decode: Decode) -> None:
         self._writer = writer
+        self._limits = limits
         self._wakeups = wakeups
         self._decode = decode
 
@@ -52,7 +55,7 @@ class Inserter:
 
     def _one(self, new: NewInstance) -> Write[int]:
         return Write(
-            instances.insert(new),
+            self._limits.before((new,), instances.insert(new)),
             lambda _: self._wakeups.after_insert((new,)),
             lambda _: self._wakeups.in_transaction((new,)),
             atomic=False,
@@ -60,7 +63,7 @@ class Inserter:
 
     def _many(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
         return Write(
-            instances.insert_many(batch),
+            self._limits.before(batch, instances.insert_many(batch)),
             lambda _: self._wakeups.after_insert(batch),
             lambda _: self._wakeups.in_transaction(batch),
         )
@@ -86,3 +89,17 @@ class Inserter:
             "routing_key": new.queue,
             "headers": {"task": new.machine, "id": instance_id},
         }
+
+
+def prepare_many(
+    prepare: Callable[[Any, Mapping[str, Any]], NewInstance], targets: Iterable[tuple[Any, Mapping[str, Any]]]
+) -> list[NewInstance]:
+    """Return the checked rows of `insert_many`. Raises ValidationError naming the index of a bad one."""
+    prepared = []
+    for index, entry in enumerate(targets):
+        try:
+            target, options = entry
+            prepared.append(prepare(target, options))
+        except (ValidationError, UnknownTaskError, TypeError, ValueError) as error:
+            raise ValidationError(f"insert_many, entry {index}: {error}") from error
+    return prepared

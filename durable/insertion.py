@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from durable import validation
+from durable import limits, validation
 from durable.errors import ValidationError
 from durable.instance import NewInstance
 
 
 @dataclass(frozen=True, slots=True)
 class InsertOptions:
-    """Times in seconds or as aware datetimes; None where not given. on_conflict: "raise", or "return" the occupant."""
+    """Times in seconds or as aware datetimes; None where not given. on_conflict: "raise", or "return" the occupant.
+
+    concurrency_key  at most one instance of it executes at a time, or as many as the gate of its name lets
+    rate_limit       a limit's name, "name:partition" or (name, partition); weight: tokens that each of its steps takes
+    """
 
     schedule_in: float | None = None
     schedule_at: datetime | None = None
@@ -24,6 +28,9 @@ class InsertOptions:
     correlation_scope: Sequence[str] | None = None
     max_attempts: int | None = None
     on_conflict: str = "raise"
+    concurrency_key: str | None = None
+    rate_limit: str | tuple[str, str] | None = None
+    weight: int | None = None
 
 
 def apply_options(new: NewInstance, options: InsertOptions) -> None:
@@ -45,6 +52,14 @@ def apply_options(new: NewInstance, options: InsertOptions) -> None:
         new.correlation_scope = validation.scope(options.correlation_scope)
         if options.correlation_key is None:
             raise ValidationError("correlation_scope says when correlation_key is occupied; give that too")
+    if options.concurrency_key is not None:
+        new.concurrency_key = limits.concurrency_key(options.concurrency_key)
+    if options.rate_limit is not None:
+        new.rate_limit = limits.bucket(options.rate_limit)
+    if options.weight is not None:
+        new.weight = limits.weight(options.weight)
+        if options.rate_limit is None:
+            raise ValidationError("weight says how many tokens of rate_limit a step takes; give that too")
 
 
 def _set_times(

@@ -52,6 +52,9 @@ class NewInstance:
     correlation_scope: tuple[str, ...] | None = None
     parent_id: int | None = None
     parent_round: int | None = None
+    concurrency_key: str | None = None
+    rate_limit: str | None = None
+    weight: int = 1
     on_conflict: str = "raise"
     """What an occupied correlation key means: "raise" DuplicateError, or "return" whoever occupies it."""
     trace: str | None = None
@@ -88,6 +91,9 @@ class Claimed(NamedTuple):
     awaits: Sequence[str] | None = None
     parent_round: int | None = None
     trace: str | None = None
+    concurrency_key: str | None = None
+    gate_shard: int | None = None
+    rate_limit: str | None = None
     signals: Sequence[StoredSignal] = ()
     """The inbox, loaded after the claim when `inbox` says there may be one."""
 

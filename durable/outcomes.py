@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from durable import limits
 from durable.errors import OutcomeError, ValidationError
 from durable.validation import MAX_DELAY, shown, text
 
@@ -34,7 +35,7 @@ class _Keep:
 
 
 KEEP: Any = _Keep()
-"""State left out of an outcome: the stored state stays."""
+"""Left out of an outcome: the stored state, or key, stays."""
 
 StepTarget = str | Callable[..., Any]
 """A step, by name or as the method itself: "ship", self.ship or Checkout.ship."""
@@ -68,7 +69,10 @@ class Stop:
 class Next:
     """Go on with `step`, as its first attempt, after `delay` seconds.
 
-    inline  run it at once on the claim that is held; None: as the machine was defined
+    inline  run it at once on the claim that is held; None: as the machine was defined. A step with a rate limit, or
+            with another concurrency key, is always claimed anew.
+    rate_limit, weight  what that step (and its retries) draws from: a limit's name or "name:partition"; how many tokens
+    concurrency_key     from that step on; None for none, left out: as it is
     """
 
     step: StepTarget
@@ -76,10 +80,24 @@ class Next:
     _: KW_ONLY
     delay: float = 0.0
     inline: bool | None = None
+    rate_limit: str | tuple[str, str] | None = None
+    weight: int | None = None
+    concurrency_key: str | None = KEEP
 
     def __post_init__(self) -> None:
         step_name(self.step)
         check_delay(self.delay, "Next(delay=...)")
+        try:
+            if self.rate_limit is not None:
+                object.__setattr__(self, "rate_limit", limits.bucket(self.rate_limit))
+            if self.weight is not None:
+                limits.weight(self.weight)
+                if self.rate_limit is None:
+                    raise ValidationError("weight says how many tokens of rate_limit a step takes; give that too")
+            if self.concurrency_key is not None and self.concurrency_key is not KEEP:
+                limits.concurrency_key(self.concurrency_key)
+        except ValidationError as error:
+            raise OutcomeError(f"Next: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

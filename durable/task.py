@@ -167,6 +167,9 @@ class Task(Generic[P, R]):
         correlation_scope: Sequence[str] | None = None,
         max_attempts: int | None = None,
         on_conflict: str = "raise",
+        concurrency_key: str | None = None,
+        rate_limit: str | tuple[str, str] | None = None,
+        weight: int | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
         **unknown: Never,
@@ -180,6 +183,8 @@ class Task(Generic[P, R]):
         correlation_scope   statuses in which the key counts as occupied besides the live ones; () never
         max_attempts        instead of the task's
         on_conflict         when the key is occupied: "raise" DuplicateError, or "return" the occupant's result
+        concurrency_key     at most one instance of it executes at a time, or as many as the gate of its name lets
+        rate_limit, weight  a limit's name or "name:partition", and how many of its tokens the run takes
         connection          of psycopg, SQLAlchemy (or its session) or Django: the instance exists if and only if its
                             transaction commits
         notify_in_transaction  whether a transaction without an after-commit hook wakes workers itself (a poll finds the
@@ -198,6 +203,9 @@ class Task(Generic[P, R]):
             correlation_scope=correlation_scope,
             max_attempts=max_attempts,
             on_conflict=on_conflict,
+            concurrency_key=concurrency_key,
+            rate_limit=rate_limit,
+            weight=weight,
             **unknown,
         )
         return self._submit(new, connection, notify_in_transaction)

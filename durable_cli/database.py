@@ -6,7 +6,7 @@ import click
 
 from durable import Durable
 from durable.storage import migrations
-from durable.storage.session import Connection
+from durable.storage.session import Connection, run_atomically
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import print_json, print_table, say
 from durable_cli.session import Session, connected, database_options
@@ -31,6 +31,7 @@ def migrate(ctx: click.Context, status: bool, sql: bool) -> None:
         if status:
             ctx.exit(_print_status(session, app, connection))
         applied = [f"{migration.id:04}_{migration.name}" for migration in migrations.migrate(connection, app.schema)]
+        run_atomically(connection, app.sql, app.limit_rows.declare())
     if session.as_json:
         print_json({"schema": app.schema, "applied": applied})
     else:

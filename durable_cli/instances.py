@@ -59,6 +59,9 @@ FOREVER = "for ever"
 @click.option("--priority", type=click.IntRange(-32768, 32767), metavar="N", help="Lower runs earlier.")
 @click.option("--expires", type=SECONDS_OR_MOMENT, metavar="SECONDS|TIME", help="Do not start it any more after this.")
 @click.option("--key", type=KEY, help="Correlation key: at most one live instance has it.")
+@click.option("--concurrency-key", metavar="KEY", help="At most one of it executes, or as many as its gate lets.")
+@click.option("--rate-limit", metavar="NAME[:PARTITION]", help="The limit that it draws tokens from.")
+@click.option("--weight", type=int, metavar="N", help="How many tokens; else 1.")
 @click.option(
     "--wait", is_flag=False, flag_value=FOREVER, metavar="[SECONDS]",
     help="Wait for the result (so long) and print it instead of the id.",
@@ -76,6 +79,9 @@ def call(
     priority: int | None,
     expires: float | datetime | None,
     key: str | None,
+    concurrency_key: str | None,
+    rate_limit: str | None,
+    weight: int | None,
     wait: str | None,
 ) -> None:
     """Enqueue a run of the task NAME and print its id."""
@@ -90,6 +96,9 @@ def call(
         "priority": priority,
         "expires": expires,
         "correlation_key": key,
+        "concurrency_key": concurrency_key,
+        "rate_limit": rate_limit,
+        "weight": weight,
     }
     try:
         task.new(arguments, kwargs, **options)
@@ -218,6 +227,9 @@ def show(session: Session, instance: int) -> None:
 def _document(app: Durable, detail: Detail) -> dict[str, Any]:
     """The instance by names, its payloads decoded where this app accepts their type."""
     document: dict[str, Any] = detail._asdict()
+    document["waits_for"] = inspection.waits_for(document.pop("lane"), document.pop("limit_missing"))
+    if detail.rate_limit is None:
+        document["weight"] = None
     document["task"] = document.pop("machine")
     document["task_version"] = document.pop("machine_version")
     document["attempts"] = document.pop("version")
@@ -276,7 +288,7 @@ def list_(session: Session, limit: int, queue: str | None, status: str | None, t
                 seconds(max(0.0, (now - entry.created_at).total_seconds())),
                 None if entry.finished_at is None else seconds((entry.finished_at - entry.created_at).total_seconds()),
                 entry.correlation_key,
-                entry.reason or error_line(entry.error),
+                entry.reason or _waiting(entry) or error_line(entry.error),
             )
             for entry in listed
         ]
@@ -303,8 +315,14 @@ def _pages(
         left = None if left is None else left - size
 
 
+def _waiting(entry: Listed) -> str | None:
+    return f"waits for {entry.waits_for}" if entry.waits_for else None
+
+
 def _line(entry: Listed) -> dict[str, Any]:
     document = entry._asdict()
+    del document["lane"], document["limit_missing"]
+    document["waits_for"] = entry.waits_for
     document["task"] = document.pop("machine")
     document["task_version"] = document.pop("machine_version")
     document["attempts"] = document.pop("version")

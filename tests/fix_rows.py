@@ -16,6 +16,7 @@ from durable.instance import Claimed, NewInstance, Payload
 from durable.runtime.picker import HIGHEST, LOWEST
 from durable.sql import Statements
 from durable.storage import claims, instances, migrations, workers
+from durable.storage.admission import Admitted, Demand, claim_limited
 from durable.storage.claims import Commit
 from durable.storage.session import Operation, connect, run, run_atomically
 from durable.storage.workers import Identity
@@ -67,6 +68,11 @@ class Session:
     ) -> list[Claimed]:
         """Claim from the head."""
         return self.run(claims.claim(worker, queue, limit, HEAD, HIGHEST, unknown))
+
+    def claim_limited(self, worker: int, limit: int = 100, slots: int = 1, **demand: Any) -> Admitted:
+        """Claim limited rows, in one transaction (or the one that is open)."""
+        demand = {"queue": "default", "alone": True, **demand}
+        return self.atomically(claim_limited(Demand(worker, limit=limit, slots=slots, **demand)))
 
     def flush(self, worker: int, *commits: Commit) -> set[int]:
         """Commit outcomes, as a worker does."""
@@ -187,6 +193,6 @@ def schema(database: str, shared_schema: str) -> Iterator[str]:
     """
     yield shared_schema
     with psycopg.connect(database, autocommit=True, options="-c lock_timeout=10s") as connection:
-        for table in ("instances", "history", "workers", "schedules"):
+        for table in ("instances", "history", "workers", "schedules", "limits", "gates", "buckets"):
             connection.execute(f"DELETE FROM {shared_schema}.{table}")
         connection.execute(f"UPDATE {shared_schema}.duties SET ran_at = '-infinity'")

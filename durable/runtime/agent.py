@@ -28,7 +28,7 @@ from typing import Any
 import psycopg
 
 from durable.app import Durable
-from durable.runtime import identity, reporting
+from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
@@ -36,7 +36,7 @@ from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
-from durable.storage import claims, maintenance, partitions, schedules, workers
+from durable.storage import claims, lanes, maintenance, partitions, schedules, workers
 from durable.storage.session import describe
 from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, parse, queue_channel
 
@@ -115,6 +115,7 @@ class Agent:
                 self._connected()
                 partitions.ensure(self._link.connection, self._app.sql)
                 self._firing.declare()
+                limits.declare(self._link, self._app)
                 self._release_predecessors()
                 return
             except psycopg.Error as error:
@@ -347,8 +348,8 @@ class Agent:
                 self._ring(queue, waiting, RESCAN)
         for queue in probe.suspects:
             self._hint_suspect(queue)
-        if probe.due:
-            for operation_of in (maintenance.promote, maintenance.time_out):
+        if probe.due or probe.opens:
+            for operation_of in (maintenance.promote, maintenance.time_out, lanes.open_due_lanes):
                 woken = self._link.run(operation_of(PROMOTE_BATCH))
                 if operation_of is maintenance.time_out:
                     reporting.timed_out(woken)

@@ -16,14 +16,14 @@ import psycopg
 
 from durable.app import Durable
 from durable.celery_signals import beat_init
-from durable.runtime import identity, reporting
+from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
 from durable.runtime.shared import Bell
-from durable.storage import maintenance, partitions, workers
+from durable.storage import lanes, maintenance, partitions, workers
 from durable.storage.session import describe
 from durable.wakeups import INTERVAL, due_channel
 
@@ -114,11 +114,12 @@ class Beat:
         if not self._worker or self._worker not in self._link.run(workers.heartbeat([self._worker], ttl)):
             partitions.ensure(self._link.connection, self._app.sql)
             self._firing.declare()
+            limits.declare(self._link, self._app)
             self._worker = self._link.run(workers.register(identity.own("beat", self._name), ttl))
 
     def _promote(self) -> None:
         """Make due rows runnable and fire schedules, then sleep until the next is due, as the database's clock says."""
-        for operation_of in (maintenance.promote, maintenance.time_out):
+        for operation_of in (maintenance.promote, maintenance.time_out, lanes.open_due_lanes):
             while woken := self._link.run(operation_of(PROMOTE_BATCH)):
                 if operation_of is maintenance.time_out:
                     reporting.timed_out(woken)

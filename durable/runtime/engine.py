@@ -27,6 +27,8 @@ import psycopg
 from durable.app import Durable
 from durable.instance import Claimed
 from durable.runtime import identity, reporting
+from durable.runtime.admission import LimitedPicker
+from durable.runtime.arrivals import Arrivals
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.executor import Executor
@@ -39,7 +41,7 @@ from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, Shar
 from durable.runtime.slot import Slot
 from durable.runtime.step_transaction import IDLE_SECONDS, StepConnections
 from durable.runtime.waiting import Waiting
-from durable.storage import claims, signals, workers
+from durable.storage import claims, workers
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import Operation, describe
 
@@ -95,6 +97,8 @@ class Engine:
         self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox)
         self._saturation = Saturation(queue, self.slot, self.buffer, self.outbox, self._pacing)
         self._held: dict[int, int] = {}
+        self._limited = LimitedPicker(self._link, queue, app.wakeups)
+        self._arrivals = Arrivals(app, self._link, self._picker, name, self._held, self._release)
         self._worker = 0
         self._more = True
         self._suspect = False
@@ -127,10 +131,12 @@ class Engine:
         self._saturation.report()
         if self._bell.silence():
             self._more = True
+            self._limited.look_soon()
         hints = self._seat.take_hints()
         if hints & RESCAN:
             self._picker.rescan()
             self._more = True
+            self._limited.look_soon()
         if hints & SUSPECT:
             self._suspect = True
         if self._seat.lost == self._worker:
@@ -204,6 +210,9 @@ class Engine:
             self._go_on(hops, flushed)
         reporting.stale([commit for commit in batch if commit.claimed.id not in flushed.committed])
         self._more = True
+        if self._queue in flushed.opened:
+            self._limited.look_now()
+        self._limited.look_soon()
         self._send(self._app.wakeups.became_ready(flushed.ready))
         if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
             self._send(self._app.wakeups.due_sooner())
@@ -211,7 +220,7 @@ class Engine:
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
         rows = [hop.next_claim(hop.claimed.id in flushed.inboxes) for hop in hops]
-        self.buffer.put_first(self._with_inboxes(rows))
+        self.buffer.put_first(self._arrivals.with_inboxes(rows))
 
     def _send(self, wakeups: Sequence[Operation[Any]]) -> None:
         for operation in wakeups:
@@ -235,7 +244,7 @@ class Engine:
     # Claim
 
     def _demand(self) -> int:
-        return self._pacing.demand(buffering=not (self._suspect or self._alone))
+        return self._pacing.demand(buffering=not (self._suspect or self._alone or self._limited.dry))
 
     def _claim_if_wanted(self) -> None:
         demand = self._demand()
@@ -251,15 +260,32 @@ class Engine:
                 self._alone = True
                 self._buffer_rows(rows)
                 return
-        if not self._more:
-            return
-        if nothing_held:
+        due = self._limited.is_due()
+        if nothing_held and (due or self._more):
             # Before the claim that may find nothing: a wake-up between the two then rings us.
             self._seat.state = IDLE
+        if (due and self._claim_limited(demand)) or not self._more:
+            return
         rows = self._claimed(self._picker.claim(self._worker, demand))
         self._more = bool(rows)
+        self._buffer_rows(rows)
+        if not self._more and not due:
+            self._claim_limited(demand)
+
+    def _claim_limited(self, demand: int) -> bool:
+        """Look for limited rows; return whether there were any."""
+        position = self._picker.position if self._more else None
+        slots, unknown = int(self.buffer.slot_waits and not len(self.buffer)), self._picker.unknown
+        found = self._limited.claim(self._worker, demand, slots, not self._held, unknown, position)
+        rows = self._claimed(found)
+        self._suspect |= self._limited.suspect
+        self._alone |= any(row.crashes for row in rows)
         if rows:
-            self._buffer_rows(rows)
+            self._seat.state = BUSY
+            # A token must not wait behind other rows.
+            self.buffer.put_first([row for row in reversed(rows) if row.rate_limit is not None])
+            self.buffer.put(row for row in rows if row.rate_limit is None)
+        return bool(found)
 
     def _claimed(self, rows: list[Claimed]) -> list[Claimed]:
         """Take claimed rows in; those that can't be run here are dealt with at once."""
@@ -270,38 +296,11 @@ class Engine:
         for row in rows:
             self._held[row.id] = row.token
         try:
-            return self._runnable_here(self._with_inboxes(rows))
+            return self._arrivals.runnable_here(self._worker, self._arrivals.with_inboxes(rows))
         except psycopg.Error:
             for row in rows:
                 self._held.pop(row.id, None)  # reconcile, which follows every error, gives the whole claim back
             raise
-
-    def _with_inboxes(self, rows: list[Claimed]) -> list[Claimed]:
-        """Load the inboxes of those that may have one, in one statement."""
-        ids = [row.id for row in rows if row.inbox]
-        if not ids:
-            return rows
-        inboxes = self._link.run(signals.inbox(ids))
-        return [row._replace(signals=inboxes.get(row.id, ())) if row.inbox else row for row in rows]
-
-    def _runnable_here(self, rows: list[Claimed]) -> list[Claimed]:
-        """Deal with rows that have expired or that this process does not know; return the others."""
-        expired = [row for row in rows if row.expired]
-        unknown = [
-            row for row in rows if not row.expired and (row.machine, row.machine_version) not in self._app.definitions
-        ]
-        if not expired and not unknown:
-            return rows
-        if expired:
-            for row in expired:
-                self._held.pop(row.id, None)
-            woken = self._link.run_atomically(claims.expire(self._worker, [(row.id, row.token) for row in expired]))
-            self._send(self._app.wakeups.became_ready(woken))
-        for row in unknown:
-            self._picker.hide(row.machine, row.machine_version)
-            reporting.unknown(row)
-            self._release([row], f"worker {self._name} does not know {row.machine} version {row.machine_version}")
-        return [row for row in rows if row.id in self._held]
 
     def _buffer_rows(self, rows: list[Claimed]) -> None:
         if rows:
@@ -354,6 +353,8 @@ class Engine:
             until = min(until, now + 0.2)
         elif demand and (self._more or (self._suspect and not self._held)):
             return
+        elif demand:
+            until = min(until, self._limited.next_at)
         self.outbox.wake_at = self._app.conf.flush_batch if pending else 1
         # An outcome that came before wake_at was set rang nobody.
         if len(self.outbox) == pending and not self._pacing.flush_is_due():

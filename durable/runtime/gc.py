@@ -7,7 +7,7 @@ import logging
 from durable.config import Config
 from durable.runtime import reporting
 from durable.runtime.link import Link
-from durable.storage import maintenance, partitions
+from durable.storage import lanes, maintenance, partitions
 
 log = logging.getLogger(__name__)
 
@@ -15,18 +15,20 @@ BATCH = 1000
 
 
 def collect(link: Link, conf: Config) -> int:
-    """Make partitions ahead, drop old ones, sweep kept rows and forgotten leases; return rows and partitions removed.
+    """Make partitions ahead, drop old ones, sweep kept rows, idle gates and buckets, forgotten leases.
 
-    Raises psycopg.Error.
+    Returns how many rows and partitions were removed. Raises psycopg.Error.
     """
     partitions.ensure(link.connection, link.sql)
     dropped = partitions.drop_before(link.connection, link.sql, conf.retention)
     swept = 0
     while (count := link.run(maintenance.sweep_kept(conf.retention, BATCH))) > 0:
         swept += count
+    while (count := link.run(lanes.sweep(BATCH))) > 0:
+        swept += count
     forgotten = link.run(maintenance.sweep_workers()) + link.run(maintenance.sweep_signals())
     if dropped or swept:
-        log.info("garbage collected: partitions %s, %d kept rows", dropped, swept)
+        log.info("garbage collected: partitions %s, %d rows", dropped, swept)
     removed = len(dropped) + swept + forgotten
     reporting.swept(removed)
     return removed

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from durable.app import Durable
 from durable.context import Context, entered
@@ -31,7 +31,7 @@ from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
 from durable.runtime.step_transaction import Begin, StepAgain
-from durable.storage.claims import Commit
+from durable.storage.claims import Commit, Limits
 from durable.validation import near
 
 log = logging.getLogger("durable.step")
@@ -112,8 +112,11 @@ class MachineRunner:
                 return Commit(claimed, "done", self._codec.encode(result, "result", serializer))
             case Stop(reason):
                 return stopped(claimed, reason, "Stop", self._codec, serializer)
-            case Next(target, state, delay=delay, inline=inline):
+            case Next(step=target, state=state, delay=delay, inline=inline):
                 inline = definition.options.inline if inline is None else inline
+                limits = self._limits(claimed, value)
+                if limits is not None:
+                    inline = False  # its limits are for the picker to judge
                 status = "scheduled" if delay > 0 else "executing" if inline else "runnable"
                 return Commit(
                     claimed,
@@ -123,6 +126,7 @@ class MachineRunner:
                     state=self._state(definition, state),
                     delay=delay,
                     consumed=awaited,
+                    limits=limits,
                 )
             case Retry(state, delay=delay):
                 return Commit(
@@ -180,7 +184,19 @@ class MachineRunner:
                 prepared.append(self._app.prepare(target, dict(options)))
             except (DurableError, TypeError, ValueError) as error:
                 raise OutcomeError(f"child {index}: {error}") from error
+        if any(new.rate_limit is not None or new.concurrency_key is not None for new in prepared):
+            self._app.run(self._app.limit_rows.check_rows(prepared))
         return prepared
+
+    def _limits(self, claimed: Claimed, outcome: Next) -> Limits | None:
+        """What the next step is limited by, checked; None when that is no more than the key it had."""
+        key = claimed.concurrency_key if outcome.concurrency_key is KEEP else outcome.concurrency_key
+        limits = Limits(key, cast("str | None", outcome.rate_limit), outcome.weight or 1)
+        if limits == Limits(claimed.concurrency_key):
+            return None
+        if limits.rate_limit is not None:
+            self._app.run(self._app.limit_rows.check([(limits.rate_limit, limits.weight)]))
+        return limits
 
 
 def _no_step(definition: MachineDefinition, name: str) -> str:

@@ -34,7 +34,8 @@ class Picker:
         self._positions: dict[int, datetime] = {}
         self._rescan = True
         self._scanned_at = 0.0
-        self._unknown: list[str] = []
+        self.unknown: list[str] = []
+        """"name:version" of machines that this process does not know."""
 
     def rescan(self) -> None:
         """Look from the head at the next claim."""
@@ -43,8 +44,13 @@ class Picker:
     def hide(self, machine: str, version: int) -> None:
         """Leave rows of a machine that this process does not know to others, from now on."""
         label = f"{machine}:{version}"
-        if label not in self._unknown:
-            self._unknown = [*self._unknown[-MAX_UNKNOWN:], label]
+        if label not in self.unknown:
+            self.unknown = [*self.unknown[-MAX_UNKNOWN:], label]
+
+    @property
+    def position(self) -> tuple[int, datetime]:
+        """Before which no unlimited row waits, as far as this picker knows."""
+        return min(self._positions.items(), default=(LOWEST, _HEAD)) if not self._rescan else (LOWEST, _HEAD)
 
     def claim(self, worker: int, limit: int) -> list[Claimed]:
         """Claim at most `limit` rows, best first. Raises psycopg.Error: the claim may then have committed or not."""
@@ -76,7 +82,7 @@ class Picker:
         return rows
 
     def _claim(self, worker: int, limit: int, position: tuple[int, datetime], to_priority: int) -> list[Claimed]:
-        return self._link.run(claims.claim(worker, self.queue, limit, position, to_priority, self._unknown))
+        return self._link.run(claims.claim(worker, self.queue, limit, position, to_priority, self.unknown))
 
     def _remember(self, rows: list[Claimed]) -> None:
         for row in rows:
@@ -86,6 +92,6 @@ class Picker:
 
     def claim_suspect(self, worker: int) -> list[Claimed]:
         """Claim one row with a crash behind it. Raises as `claim`."""
-        rows = self._link.run(claims.claim_suspect(worker, self.queue, self._unknown))
+        rows = self._link.run(claims.claim_suspect(worker, self.queue, self.unknown))
         reporting.picked(self.queue, worker, 1, len(rows))
         return rows

@@ -2,6 +2,9 @@
 
 First the leases are marked dead, then rows are released: a dead worker id is never revived, so an outcome that comes
 later is stale. A row that is locked (its outcome commits right now) is met at the next turn, if it is still there.
+
+Then what is left of limits: counters that differ from what executes, lanes that nobody would open. One process at a
+time does that.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ import logging
 from datetime import datetime
 
 from durable.config import Config
-from durable.runtime import reporting
+from durable.runtime import limits, reporting
 from durable.runtime.link import Link
-from durable.storage import workers
+from durable.storage import maintenance, workers
 from durable.storage.workers import Reclaimed
 from durable.wakeups import Wakeups
 
@@ -36,4 +39,6 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
     reporting.reaped(total.ids)
     for operation in wakeups.handed_back(total.by_queue):
         link.run(operation)
+    if link.run(maintenance.take_duty("limits", conf.reaper_interval * 0.9)):
+        limits.repair(link, wakeups)
     return total

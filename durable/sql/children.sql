@@ -36,8 +36,8 @@ RETURNING i.id, i.queue, i.status::text;
 
 -- name: ended_families
 -- Whom the finished ones among these rows report to, and who of them may have signals. Params: ids bigint[].
--- Rows:   id, parent_id, inbox.
-SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox
+-- Rows:   id, parent_id, inbox, concurrency_key, rate_limit.
+SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox, concurrency_key, rate_limit
 FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NOT NULL;
 
 -- name: children_by_status

@@ -6,7 +6,7 @@
 -- instead of 15).
 
 -- name: claim
--- Flip at most `limit` runnable rows of one queue to executing, best first, from a position in the pick order.
+-- Flip at most `limit` runnable, unlimited rows of one queue to executing, best first, from a position in the pick order.
 -- Nothing is claimed unless the worker's own lease is live; the key share lock on it makes a reaper wait for us.
 -- A lost claim costs nothing (worker, token and version fence what follows), so its commit does not wait for the disk.
 -- Params: worker bigint, queue text, from_priority int, from_time timestamptz, to_priority int, unknown text[]
@@ -19,6 +19,7 @@ WITH me AS MATERIALIZED (
 ), picked AS MATERIALIZED (
     SELECT i.ctid AS row FROM {schema}.instances AS i
     WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0
+      AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
       AND (i.priority, i.eligible_at) >= (%(from_priority)s::smallint, %(from_time)s::timestamptz)
       AND i.priority <= %(to_priority)s::smallint
       AND (cardinality(%(unknown)s::text[]) = 0
@@ -37,7 +38,7 @@ RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.mach
           i.inbox, i.awaits, i.parent_round, i.trace;
 
 -- name: claim_suspect
--- Claim one row that has a crash behind it, for a worker process that holds nothing else.
+-- Claim one unlimited row that has a crash behind it, for a worker process that holds nothing else.
 -- Params: worker bigint, queue text, unknown text[]. Rows: instance.Claimed. Locks: as claim.
 WITH me AS MATERIALIZED (
     SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
@@ -46,6 +47,7 @@ WITH me AS MATERIALIZED (
 ), picked AS MATERIALIZED (
     SELECT i.ctid AS row FROM {schema}.instances AS i
     WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes > 0
+      AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
       AND (cardinality(%(unknown)s::text[]) = 0
            OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
       AND EXISTS (SELECT FROM me)
@@ -67,7 +69,8 @@ SELECT id, token FROM {schema}.instances WHERE worker_id = %(worker)s AND status
 
 -- name: release
 -- Give claimed rows back unchanged (their place in the order included), or as cancelled if that was asked meanwhile.
--- Params: worker bigint, ids bigint[] in order, tokens int[], reason text|null. Rows: id, queue, status.
+-- Params: worker bigint, ids bigint[] in order, tokens int[], reason text|null.
+-- Rows: id, queue, status, concurrency_key, gate_shard.
 UPDATE {schema}.instances AS i
 SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE 'runnable' END::{schema}.status,
     finished_at = CASE WHEN i.cancel_requested THEN clock_timestamp() END,
@@ -75,17 +78,17 @@ SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE 'runnable' END::
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
 WHERE i.id = r.id
   AND (i.worker_id, i.token, i.status) IS NOT DISTINCT FROM (%(worker)s::bigint, r.token, 'executing'::{schema}.status)
-RETURNING i.id, i.queue, i.status::text;
+RETURNING i.id, i.queue, i.status::text, i.concurrency_key, i.gate_shard;
 
 -- name: expire
 -- End claimed rows whose `expires` passed before they started.
--- Params: worker bigint, ids bigint[] in order, tokens int[], error jsonb. Rows: id.
+-- Params: worker bigint, ids bigint[] in order, tokens int[], error jsonb. Rows: id, concurrency_key, gate_shard.
 UPDATE {schema}.instances AS i
 SET status = 'cancelled', finished_at = clock_timestamp(), worker_id = NULL, error = %(error)s
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
 WHERE i.id = r.id
   AND (i.worker_id, i.token, i.status) IS NOT DISTINCT FROM (%(worker)s::bigint, r.token, 'executing'::{schema}.status)
-RETURNING i.id;
+RETURNING i.id, i.concurrency_key, i.gate_shard;
 
 -- name: finish
 -- Commit terminal outcomes: each owned row moves to history; a requested cancel makes any of them `cancelled`.
@@ -111,13 +114,13 @@ INSERT INTO {schema}.history
     (id, eligible_at, created_at, finished_at, expires_at, worker_id, status, token, version, attempt,
      machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
      result_type, result, error, correlation_key, correlation_scope, reason, parent_id, parent_round, children_round,
-     trace)
+     trace, concurrency_key, rate_limit, weight, gate_shard)
 SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
        CASE WHEN cancel_requested THEN 'cancelled' ELSE o_status END::{schema}.status, token, version + 1, attempt,
        machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
        CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
        CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL,
-       parent_id, parent_round, children_round, trace
+       parent_id, parent_round, children_round, trace, concurrency_key, rate_limit, weight, gate_shard
 FROM gone
 RETURNING id;
 

@@ -6,11 +6,12 @@
 -- Rows:   id.
 INSERT INTO {schema}.instances
     (queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
-     max_attempts, correlation_key, correlation_scope, trace)
+     max_attempts, correlation_key, correlation_scope, concurrency_key, rate_limit, weight, trace)
 SELECT %(queue)s, %(priority)s, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
        greatest(t.at, t.now), coalesce(%(expires_at)s, t.now + make_interval(secs => %(expires_in)s)),
        %(machine)s, %(machine_version)s, %(step)s, %(state_type)s, %(state)b,
-       %(max_attempts)s, %(correlation_key)s, %(correlation_scope)s::text[]::{schema}.status[], %(trace)s
+       %(max_attempts)s, %(correlation_key)s, %(correlation_scope)s::text[]::{schema}.status[],
+       %(concurrency_key)s, %(rate_limit)s, %(weight)s, %(trace)s
 FROM (SELECT n.now, coalesce(%(at)s, n.now + make_interval(secs => %(delay)s), n.now) AS at
       FROM (SELECT clock_timestamp() AS now) AS n) AS t
 ON CONFLICT DO NOTHING
@@ -19,7 +20,8 @@ RETURNING id;
 -- name: insert_many
 -- Insert a batch in the order given, which is key order, so that two batches with the same new keys cannot deadlock;
 -- duplicates are dropped. (Keys are not sorted here: a database's collation may differ from the order across statements.)
--- Params: one array per column, as in insert_one; scopes as comma separated text.
+-- Params: one array per column, as in insert_one; scopes as comma separated text;
+--         lanes: where a row is parked unless it is scheduled.
 -- Rows:   one: the ids meant for the input, in its order; those that were inserted. (A join of the two would be
 --         quadratic in a session with pinned plans.)
 WITH input AS MATERIALIZED (
@@ -30,20 +32,23 @@ WITH input AS MATERIALIZED (
             %(expires_ins)s::float8[], %(expires_ats)s::timestamptz[], %(machines)s::text[],
             %(machine_versions)s::int[], %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[],
             %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[],
-            %(parent_ids)s::bigint[], %(parent_rounds)s::int[], %(traces)s::text[]
+            %(parent_ids)s::bigint[], %(parent_rounds)s::int[], %(concurrency_keys)s::text[], %(rate_limits)s::text[],
+            %(weights)s::int[], %(lanes)s::text[], %(traces)s::text[]
         ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
                                 state_type, state, max_attempts, correlation_key, correlation_scope, parent_id,
-                                parent_round, trace, n)
+                                parent_round, concurrency_key, rate_limit, weight, lane, trace, n)
         ORDER BY a.n
     ) AS u
 ), inserted AS (
     INSERT INTO {schema}.instances
         (id, queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
-         max_attempts, correlation_key, correlation_scope, parent_id, parent_round, trace)
+         max_attempts, correlation_key, correlation_scope, parent_id, parent_round, concurrency_key, rate_limit, weight,
+         lane, trace)
     SELECT i.id, i.queue, i.priority, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
            greatest(t.at, t.now), coalesce(i.expires_at, t.now + make_interval(secs => i.expires_in)),
            i.machine, i.machine_version, i.step, i.state_type, i.state, i.max_attempts, i.correlation_key,
-           string_to_array(i.correlation_scope, ',')::{schema}.status[], i.parent_id, i.parent_round, i.trace
+           string_to_array(i.correlation_scope, ',')::{schema}.status[], i.parent_id, i.parent_round,
+           i.concurrency_key, i.rate_limit, i.weight, CASE WHEN t.at > t.now THEN NULL ELSE i.lane END, i.trace
     FROM input AS i
     CROSS JOIN LATERAL (SELECT s.now, coalesce(i.at, s.now + make_interval(secs => i.delay), s.now) AS at
                         FROM (SELECT clock_timestamp() AS now) AS s) AS t
@@ -120,7 +125,7 @@ SET cancel_requested = true,
     status = CASE WHEN i.status = 'executing' THEN i.status ELSE 'cancelled' END,
     finished_at = CASE WHEN i.status = 'executing' THEN NULL ELSE clock_timestamp() END,
     error = CASE WHEN i.cancel_requested THEN i.error ELSE %(error)s END,
-    reason = NULL
+    reason = NULL, lane = NULL
 FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
 
@@ -154,10 +159,11 @@ WITH gone AS (
 ), back AS (
     INSERT INTO {schema}.instances
         (id, eligible_at, created_at, status, token, version, machine_version, priority, max_attempts, queue, machine,
-         step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round, trace)
+         step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round, concurrency_key,
+         rate_limit, weight, trace)
     SELECT id, clock_timestamp(), created_at, 'runnable', token, version, machine_version, priority, max_attempts, queue,
            machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round,
-           trace
+           concurrency_key, rate_limit, weight, trace
     FROM gone
     RETURNING id, queue
 )
@@ -181,7 +187,9 @@ INSERT INTO {schema}.history SELECT * FROM gone;
 SELECT e.id, e.machine, e.machine_version, e.step, e.queue, e.priority, e.status::text, e.attempt, e.crashes, e.version,
        e.token, e.max_attempts, e.created_at, e.eligible_at, e.finished_at, e.expires_at, e.correlation_key,
        e.correlation_scope::text[], e.cancel_requested, e.reason, e.error, e.state_type, e.state, e.result_type, e.result,
-       e.worker_id, w.name, w.host, w.pid, e.awaits, e.deadline, e.parent_id
+       e.worker_id, w.name, w.host, w.pid, e.awaits, e.deadline, e.parent_id, e.concurrency_key, e.rate_limit, e.weight,
+       e.lane, e.lane LIKE 'rate %%' AND NOT EXISTS (
+           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(e.rate_limit, ':', 1))
 FROM (SELECT * FROM {schema}.instances WHERE id = %(id)s
       UNION ALL
       SELECT * FROM {schema}.history WHERE id = %(id)s) AS e
@@ -191,7 +199,9 @@ LEFT JOIN {schema}.workers AS w ON w.id = e.worker_id;
 -- Live and finished instances, newest first.
 -- Params: queue, status, machine text|null; before bigint|null (ids below it); limit bigint|null.
 SELECT id, queue, priority, status::text, machine, machine_version, step, attempt, crashes, version,
-       created_at, eligible_at, finished_at, correlation_key, error, reason
+       created_at, eligible_at, finished_at, correlation_key, error, reason, concurrency_key, rate_limit, lane,
+       lane LIKE 'rate %%' AND NOT EXISTS (
+           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(rate_limit, ':', 1))
 FROM (SELECT * FROM {schema}.instances UNION ALL SELECT * FROM {schema}.history) AS every
 WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
   AND (%(status)s::text IS NULL OR status = %(status)s::text::{schema}.status)
@@ -201,11 +211,12 @@ ORDER BY id DESC
 LIMIT %(limit)s;
 
 -- name: purge
--- Delete waiting instances that never started. Params: queue text|null (all). Rows: id, parent_id, inbox.
+-- Delete waiting instances that never started. Params: queue text|null (all).
+-- Rows: id, parent_id, inbox, concurrency_key, rate_limit.
 DELETE FROM {schema}.instances
 WHERE status IN ('runnable', 'scheduled') AND version = 0
   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
-RETURNING id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox;
+RETURNING id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox, concurrency_key, rate_limit;
 
 -- name: purgeable
 -- How many instances `purge` would delete. Params: queue text|null (all). Rows: count.

@@ -1,24 +1,34 @@
 -- What agents and beats do on a clock. Any number of them may run these at once.
 
 -- name: probe
--- An agent's one idle query: for each of its queues how many rows wait (no more than it has idle children), whether
--- a suspect does, and whether anything is due or any lease has run out.
--- Params: queues text[], idle bigint[], known text[] ("name:version"). Rows: queue, waiting, suspect, due, expired.
+-- An agent's one idle query: for each of its queues how many rows wait (unlimited ones and limited ones no more than
+-- it has idle children), whether a suspect does, whether anything is due, any lease has run out, a token lane may open.
+-- Params: queues text[], idle bigint[], known text[] ("name:version"). Rows: queue, waiting, suspect, due, expired,
+--         opens.
 SELECT q.queue,
        (SELECT count(*) FROM (
             SELECT FROM {schema}.instances AS i
             WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes = 0
+              AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
               AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])
-            LIMIT q.idle) AS w),
+            LIMIT q.idle) AS w)
+       + (SELECT count(*) FROM (
+            SELECT FROM {schema}.instances AS i
+            WHERE i.queue = q.queue AND i.status = 'runnable' AND i.lane IS NULL
+              AND (i.concurrency_key IS NOT NULL OR i.rate_limit IS NOT NULL)
+              AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])
+            LIMIT q.idle) AS l),
        EXISTS (SELECT FROM {schema}.instances AS i
                WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes > 0
+                 AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
                  AND i.machine || ':' || i.machine_version = ANY (%(known)s::text[])),
        EXISTS (SELECT FROM {schema}.instances
                WHERE status = 'scheduled' AND eligible_at <= (SELECT clock_timestamp()))
        OR EXISTS (SELECT FROM {schema}.instances
                   WHERE status = 'awaiting_signal' AND deadline IS NOT NULL
                     AND deadline <= (SELECT clock_timestamp())),
-       EXISTS (SELECT FROM {schema}.workers WHERE dead_at IS NULL AND expires_at < clock_timestamp())
+       EXISTS (SELECT FROM {schema}.workers WHERE dead_at IS NULL AND expires_at < clock_timestamp()),
+       EXISTS (SELECT FROM {schema}.buckets WHERE opens_at IS NOT NULL AND opens_at <= (SELECT clock_timestamp()))
 FROM unnest(%(queues)s::text[], %(idle)s::bigint[]) AS q (queue, idle);
 
 -- name: promote
@@ -38,11 +48,13 @@ WITH due AS MATERIALIZED (
 SELECT queue, count(*) FROM promoted GROUP BY queue;
 
 -- name: next_due
--- Seconds until the next scheduled row, deadline or schedule is due; null when there is none.
+-- Seconds until the next scheduled row, deadline, schedule or token lane is due; null when there is none. Idle workers
+-- open token lanes to the moment, so that a beat gives them 20 ms.
 SELECT extract(epoch FROM least(
     (SELECT min(eligible_at) FROM {schema}.instances WHERE status = 'scheduled'),
     (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL),
-    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL)
+    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL),
+    (SELECT min(opens_at) + interval '20 ms' FROM {schema}.buckets WHERE opens_at IS NOT NULL)
 ) - clock_timestamp())::float8;
 
 -- name: take_duty

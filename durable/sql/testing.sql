@@ -1,10 +1,11 @@
 -- What durable.testing needs besides the production statements: looking without claiming, and moving the clock.
 
 -- name: next_claimable
--- The queue of the row that comes next, and whether it has a crash behind it; those come last.
--- Params: queue text|null (any), unknown text[] ("name:version" to leave alone). Rows: queue, suspect.
-SELECT queue, crashes > 0 FROM {schema}.instances
-WHERE status = 'runnable' AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+-- The queue of the row that comes next, whether it has a crash behind it (those come last), and whether it is limited.
+-- Rows parked for a limit are left out. Params: queue text|null (any), unknown text[] ("name:version" to leave alone).
+-- Rows: queue, suspect, limited.
+SELECT queue, crashes > 0, concurrency_key IS NOT NULL OR rate_limit IS NOT NULL FROM {schema}.instances
+WHERE status = 'runnable' AND lane IS NULL AND (%(queue)s::text IS NULL OR queue = %(queue)s)
   AND machine || ':' || machine_version <> ALL (%(unknown)s::text[])
 ORDER BY crashes > 0, priority, eligible_at, id LIMIT 1;
 
@@ -18,6 +19,15 @@ ORDER BY eligible_at, id LIMIT 1;
 -- Let a scheduled row be due now, if it is not. Params: id bigint.
 UPDATE {schema}.instances SET eligible_at = clock_timestamp()
 WHERE id = %(id)s AND status = 'scheduled' AND eligible_at > clock_timestamp();
+
+-- name: awaits_tokens
+-- Whether rows wait for tokens. Rows: bool.
+SELECT EXISTS (SELECT FROM {schema}.buckets WHERE opens_at IS NOT NULL);
+
+-- name: refill
+-- Let the time have passed that rows wait for their tokens. Rows: bucket.
+UPDATE {schema}.buckets SET full_at = clock_timestamp(), opens_at = clock_timestamp() - interval '1 s'
+WHERE opens_at IS NOT NULL RETURNING bucket;
 
 -- name: make_overdue
 -- Let deadlines of parks have passed, their order kept. Params: id bigint|null (all). Rows: id.
@@ -74,6 +84,8 @@ WITH i AS (DELETE FROM {schema}.instances),
      s AS (DELETE FROM {schema}.signals),
      w AS (DELETE FROM {schema}.workers),
      p AS (DELETE FROM {schema}.schedules),
+     g AS (DELETE FROM {schema}.gates),
+     b AS (DELETE FROM {schema}.buckets),
      d AS (UPDATE {schema}.duties SET ran_at = '-infinity')
 SELECT setval('{schema}.instance_ids', 1, false),
        setval(pg_get_serial_sequence('{schema}.signals', 'id'), 1, false),

@@ -56,7 +56,8 @@ WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
 -- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
 -- It waits for no lock, so it needs no order; asked for one, the planner would walk the primary key of every row.
 -- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
---         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed.
+--         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed,
+--         concurrency_key, gate_shard.
 WITH taken AS MATERIALIZED (
     SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AND NOT i.terminate_requested AS crashed
     FROM {schema}.instances AS i
@@ -75,7 +76,7 @@ SET status = CASE WHEN j.cancelled THEN 'cancelled' WHEN j.lost THEN 'failed' EL
     error = CASE WHEN j.cancelled THEN i.error WHEN j.lost THEN %(error)s ELSE i.error END,
     crashes = i.crashes + j.crashed::int, worker_id = NULL
 FROM judged AS j WHERE i.ctid = j.row
-RETURNING i.id, i.queue, i.status::text, j.crashed;
+RETURNING i.id, i.queue, i.status::text, j.crashed, i.concurrency_key, i.gate_shard;
 
 -- name: terminations
 -- Which of these claims are to be killed for a cancel. Params: ids bigint[], tokens int[]. Rows: id, token.
@@ -107,7 +108,7 @@ WHERE dead_at IS NULL AND (%(name)s::text IS NULL OR name = %(name)s) AND (%(hos
 ORDER BY kind, name, id;
 
 -- name: queue_heads
--- Who is next in the queues of these workers, and how many of their slots run nothing.
+-- Who is next in the queues of these workers, and how many of their slots run nothing. Limited rows may have to wait.
 -- Params: workers bigint[], known text[]|null ("name:version"; all). Rows: queue, free, id, seconds it has waited.
 SELECT q.queue, q.free, h.id, extract(epoch FROM clock_timestamp() - h.eligible_at)::float8
 FROM (SELECT w.queue,
@@ -118,6 +119,7 @@ FROM (SELECT w.queue,
 CROSS JOIN LATERAL (
     SELECT i.id, i.eligible_at FROM {schema}.instances AS i
     WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes = 0
+      AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
       AND (%(known)s::text[] IS NULL OR i.machine || ':' || i.machine_version = ANY (%(known)s::text[]))
     ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS h
 ORDER BY q.queue;

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import NamedTuple
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -23,7 +24,16 @@ from durable.instance import TERMINAL, Claimed, NewInstance, Payload
 from durable.sql import Statements
 from durable.storage.arrays import ByteaArray, Float8Array, Int4Array, Int8Array, TextArray
 from durable.storage.instances import end, insert_many, lock_parents, lower_barriers
+from durable.storage.lanes import Freed, free
 from durable.storage.session import Connection, Operation, run, run_atomically
+
+
+class Limits(NamedTuple):
+    """What a step is limited by."""
+
+    concurrency_key: str | None = None
+    rate_limit: str | None = None
+    weight: int = 1
 
 
 @dataclass(slots=True)
@@ -39,6 +49,7 @@ class Commit:
     delay     seconds until eligible; timeout: seconds until a park ends by itself
     consumed  ids of signals this outcome consumes; shown: ids the step was shown and did not consume
     children  rows to insert with this outcome
+    limits    what the next step is limited by; None: what it was, without a rate limit when it is another step
     flushed   what its flush did, when it was committed together with what its step wrote
     """
 
@@ -56,11 +67,19 @@ class Commit:
     shown: Sequence[int] = ()
     consumed: Sequence[int] = ()
     children: Sequence[NewInstance] = ()
+    limits: Limits | None = None
     flushed: Flushed | None = None
 
     def __post_init__(self) -> None:
         if not self.kind:
             self.kind = "end" if self.status in TERMINAL else "retry"
+
+    @property
+    def next_limits(self) -> Limits | None:
+        """What the row is limited by from now on; None: no change. A rate limit ends with the step that had it."""
+        if self.limits is None and self.claimed.rate_limit is not None and self.kind != "retry":
+            return Limits(self.claimed.concurrency_key)
+        return self.limits
 
     @property
     def keeps_row(self) -> bool:
@@ -80,6 +99,7 @@ class Commit:
             inbox=inbox,
             awaits=None,
             signals=(),
+            rate_limit=None,
         )
 
 
@@ -91,12 +111,14 @@ class Flushed:
     ready      rows that became runnable per queue: parents, children, parks that found their signal, next steps
     inboxes    committed ids that may have signals
     ended      committed ids that don't go on here even if meant to: finished (a cancel overrules), or lost since
+    opened     queues in which a key or slot that came free made a row a candidate; `ready` counts it too
     """
 
     committed: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     ready: Counter[str] = field(default_factory=Counter)
     inboxes: set[int] = field(default_factory=set)
+    opened: set[str] = field(default_factory=set)
 
     def add(self, other: Flushed) -> None:
         """Count another flush in."""
@@ -104,6 +126,7 @@ class Flushed:
         self.ready += other.ready
         self.inboxes |= other.inboxes
         self.ended |= other.ended
+        self.opened |= other.opened
 
 
 def claim(
@@ -157,11 +180,10 @@ def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None =
             "reason": reason,
         },
     )
-    counts = yield from end([row[0] for row in rows if row[2] == "cancelled"])
-    for _, queue, status in rows:
-        if status == "runnable":
-            counts[queue] = counts.get(queue, 0) + 1
-    return counts
+    counts = Counter((yield from end([row[0] for row in rows if row[2] == "cancelled"])))
+    counts.update(row[1] for row in rows if row[2] == "runnable")
+    counts.update((yield from free((row[3], row[4]) for row in rows)))
+    return dict(counts)
 
 
 def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str, int]]:
@@ -177,7 +199,9 @@ def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str
             "error": Jsonb({"type": "Expired", "message": "its `expires` passed before it started"}),
         },
     )
-    return (yield from end([row[0] for row in rows]))
+    counts = Counter((yield from end([row[0] for row in rows])))
+    counts.update((yield from free((row[1], row[2]) for row in rows)))
+    return dict(counts)
 
 
 def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[Commit]) -> Flushed:
@@ -186,7 +210,11 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
     Raises psycopg.Error, with nothing committed (or, when the connection is lost, nothing known: see `resolve`).
     """
     plain = connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE and all(
-        commit.kind == "end" and not commit.claimed.keeps_key and commit.claimed.reports_to is None for commit in batch
+        commit.kind == "end"
+        and not commit.claimed.keeps_key
+        and commit.claimed.reports_to is None
+        and commit.claimed.concurrency_key is None
+        for commit in batch
     )
     return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))
 
@@ -225,14 +253,19 @@ def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
     staying = [commit for commit in batch if commit.keeps_row]
     if parents or (ending and staying):  # two statements would lock their rows one set after the other
         yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
+    freed: list[Freed] = []
     if ending:
-        yield from _finish(worker, ending, flushed)
+        yield from _finish(worker, ending, flushed, freed)
     if staying:
-        yield from _advance(worker, staying, flushed)
+        yield from _advance(worker, staying, flushed, freed)
+    if freed:
+        opened = yield from free(freed)
+        flushed.ready.update(opened)
+        flushed.opened |= opened.keys()
     return flushed
 
 
-def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed) -> Operation[None]:
+def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list[Freed]) -> Operation[None]:
     rows = yield (
         "finish",
         {
@@ -249,12 +282,13 @@ def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed) -> Operatio
     gone = {row[0] for row in rows}
     flushed.committed |= gone
     ended = [commit.claimed for commit in ending if commit.claimed.id in gone]
+    freed += [(row.concurrency_key, row.gate_shard) for row in ended if row.concurrency_key is not None]
     flushed.ready.update(
         (yield from lower_barriers(Counter(row.reports_to for row in ended if row.reports_to is not None)))
     )
 
 
-def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed) -> Operation[None]:
+def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: list[Freed]) -> Operation[None]:
     rows = yield (
         "advance",
         {
@@ -284,12 +318,16 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed) -> Operat
         flushed.committed.add(instance_id)
         if inbox:
             flushed.inboxes.add(instance_id)
+        claimed = commits[instance_id].claimed
+        if claimed.concurrency_key is not None and status != "executing":
+            freed.append((claimed.concurrency_key, claimed.gate_shard))
         if status in TERMINAL:
             ended.append(instance_id)  # also whatever was asked to be cancelled meanwhile
             continue
         went_on[instance_id] = (commits[instance_id], children_round)
         if status == "runnable":
             flushed.ready[queue] += 1
+    yield from _relimit({i: limits for i, (commit, _) in went_on.items() if (limits := commit.next_limits)})
     consumed = [signal for commit, _ in went_on.values() for signal in commit.consumed]
     if consumed:
         yield "consume", {"ids": Int8Array(sorted(consumed))}
@@ -300,6 +338,22 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed) -> Operat
         flushed.ready.update(commits[row[0]].claimed.queue for row in woken)
     flushed.ended.update(ended)
     flushed.ready.update((yield from end(ended)))
+
+
+def _relimit(changed: Mapping[int, Limits]) -> Operation[None]:
+    """Give committed rows the limits of their next step."""
+    if not changed:
+        return
+    ids = sorted(changed)
+    yield (
+        "relimit",
+        {
+            "ids": Int8Array(ids),
+            "concurrency_keys": TextArray([changed[i].concurrency_key for i in ids]),
+            "rate_limits": TextArray([changed[i].rate_limit for i in ids]),
+            "weights": Int4Array([changed[i].weight for i in ids]),
+        },
+    )
 
 
 def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed) -> Operation[None]:

@@ -10,12 +10,23 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from durable.storage import instances
+from durable.limits import lanes_of
+from durable.storage import instances, lanes
 from durable.storage.arrays import Int8Array, TextArray
 from durable.storage.session import Operation
 
 COUNT_MOST = 100_000
 """Finished instances of one status that are counted, which takes some 30 ms."""
+
+
+def waits_for(lane: str | None, limit_missing: bool | None) -> str | None:
+    """Return what a parked row waits for, in words."""
+    if lane is None:
+        return None
+    kind, _, name = lane.partition(" ")
+    if kind == "key":
+        return f"concurrency key {name}"
+    return f"rate limit {name}{', which does not exist' if limit_missing else ''}"
 
 
 class Listed(NamedTuple):
@@ -37,6 +48,15 @@ class Listed(NamedTuple):
     correlation_key: str | None
     error: dict[str, Any] | None
     reason: str | None
+    concurrency_key: str | None
+    rate_limit: str | None
+    lane: str | None
+    limit_missing: bool | None
+
+    @property
+    def waits_for(self) -> str | None:
+        """The limit that it waits for, in words."""
+        return waits_for(self.lane, self.limit_missing)
 
 
 class Detail(NamedTuple):
@@ -74,6 +94,11 @@ class Detail(NamedTuple):
     awaits: list[str] | None
     deadline: datetime | None
     parent_id: int | None
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    lane: str | None
+    limit_missing: bool | None
 
 
 class QueueState(NamedTuple):
@@ -247,4 +272,5 @@ def purge(queue: str | None) -> Operation[int]:
     rows = yield "purge", {"queue": queue}
     yield from instances.lower_barriers(Counter(row[1] for row in rows if row[1] is not None))
     yield from instances.clear_inboxes([row[0] for row in rows if row[2]])
+    yield from lanes.open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))
     return len(rows)

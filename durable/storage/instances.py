@@ -11,6 +11,7 @@ from psycopg.types.json import Jsonb
 
 from durable.errors import DuplicateError
 from durable.instance import NewInstance, Snapshot
+from durable.limits import lanes_of
 from durable.storage.arrays import (
     ByteaArray,
     Float8Array,
@@ -19,6 +20,7 @@ from durable.storage.arrays import (
     TextArray,
     TimestampArray,
 )
+from durable.storage.lanes import open_lanes
 from durable.storage.session import Operation, Row
 
 INSERT_CHUNK = 5000
@@ -45,6 +47,9 @@ def insert(new: NewInstance) -> Operation[int]:
             "correlation_key": new.correlation_key,
             "correlation_scope": None if new.correlation_scope is None else list(new.correlation_scope),
             "trace": new.trace,
+            "concurrency_key": new.concurrency_key,
+            "rate_limit": new.rate_limit,
+            "weight": new.weight,
         },
     )
     if rows:
@@ -64,19 +69,44 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     order, so that two batches with the same new keys cannot deadlock.
     """
     ids: list[int | None] = [None] * len(batch)
+    parked, leaders = _park_behind_the_best(batch)
     keys = [new.correlation_key for new in batch]
     order = sorted(range(len(batch)), key=lambda n: (keys[n] is None, keys[n] or "", n))
     for start in range(0, len(order), INSERT_CHUNK):
         chunk = order[start : start + INSERT_CHUNK]
-        rows = yield "insert_many", _columns([batch[n] for n in chunk])
+        rows = yield "insert_many", _columns([batch[n] for n in chunk], [parked[n] for n in chunk])
         meant, inserted = rows[0][0], set(rows[0][1] or ())
         for n, instance_id in zip(chunk, meant, strict=True):
             if instance_id in inserted:
                 ids[n] = instance_id
+    # A candidate whose correlation key was occupied is not there to see to its lane.
+    yield from open_lanes(lane for lane, n in leaders.items() if ids[n] is None)
     return ids
 
 
-def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
+def _park_behind_the_best(batch: Sequence[NewInstance]) -> tuple[list[str | None], dict[str, int]]:
+    """Of the rows that share a lane let the best be the candidate and park the others: they are never written twice.
+
+    Scheduled rows are not parked; they become candidates when they are due.
+    Returns the lane of each row, and lane -> index of its candidate.
+    """
+    parked: list[str | None] = [None] * len(batch)
+    best: dict[str, int] = {}
+    limited = [
+        (n, lanes_of(new.concurrency_key, new.rate_limit))
+        for n, new in enumerate(batch)
+        if (new.concurrency_key is not None or new.rate_limit is not None) and not new.delay and new.at is None
+    ]
+    for n, lanes in limited:
+        for lane in lanes:
+            if lane not in best or batch[n].priority < batch[best[lane]].priority:
+                best[lane] = n
+    for n, lanes in limited:
+        parked[n] = next((lane for lane in lanes if best[lane] != n), None)
+    return parked, best
+
+
+def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict[str, Any]:
     return {
         "queues": TextArray([new.queue for new in batch]),
         "priorities": Int4Array([new.priority for new in batch]),
@@ -97,6 +127,10 @@ def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
         "parent_ids": Int8Array([new.parent_id for new in batch]),
         "parent_rounds": Int4Array([new.parent_round for new in batch]),
         "traces": TextArray([new.trace for new in batch]),
+        "concurrency_keys": TextArray([new.concurrency_key for new in batch]),
+        "rate_limits": TextArray([new.rate_limit for new in batch]),
+        "weights": Int4Array([new.weight for new in batch]),
+        "lanes": TextArray(parked),
     }
 
 
@@ -162,7 +196,7 @@ def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool
         found.update(rows)
         if not cascade or len(found) == known:
             break
-    woken = yield from end([row for row, status in found.items() if status == "cancelled"])
+    woken = yield from end([row for row, status in found.items() if status == "cancelled"], waiting=True)
     return Cancelled(bool(found), woken, "executing" in found.values(), instance_id in found)
 
 
@@ -172,19 +206,21 @@ def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
     return not rows or bool(rows[0][0])
 
 
-def end(ids: Sequence[int]) -> Operation[dict[str, int]]:
+def end(ids: Sequence[int], *, waiting: bool = False) -> Operation[dict[str, int]]:
     """Finish what ended these rows, in the same transaction: lower barriers, clear inboxes, move them to history.
 
-    Rows that keep a correlation key reserved stay. Returns how many parents became runnable, per queue.
+    waiting  whether they may have waited for a limit: somebody else sees to their lanes then
+    Rows that keep a correlation key reserved stay. Returns how many rows became runnable, per queue.
     """
     if not ids:
         return {}
     rows = yield "ended_families", {"ids": Int8Array(sorted(ids))}
+    opened = (yield from open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))) if waiting else {}
     counts = Counter(row[1] for row in rows if row[1] is not None)
     woken = yield from lower_barriers(counts)
     yield from clear_inboxes([row[0] for row in rows if row[2]])
     yield "archive", {"ids": Int8Array(sorted(ids))}
-    return woken
+    return dict(Counter(woken) + Counter(opened))
 
 
 def clear_inboxes(ids: Sequence[int]) -> Operation[None]:

@@ -18,12 +18,14 @@ class Probe:
     suspects  queues in which a row with a crash behind it waits
     due       whether a scheduled row is due
     expired   whether a lease has run out
+    opens     whether a token lane may open
     """
 
     waiting: dict[str, int]
     suspects: list[str]
     due: bool
     expired: bool
+    opens: bool
 
 
 def probe(idle: Mapping[str, int], known: Sequence[str]) -> Operation[Probe]:
@@ -41,6 +43,7 @@ def probe(idle: Mapping[str, int], known: Sequence[str]) -> Operation[Probe]:
         [row[0] for row in rows if row[2]],
         any(row[3] for row in rows),
         any(row[4] for row in rows),
+        any(row[5] for row in rows),
     )
 
 

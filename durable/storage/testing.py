@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from durable.storage import maintenance
+from durable.storage import lanes, maintenance
 from durable.storage.arrays import TextArray
 from durable.storage.session import Connection, Operation
 
@@ -32,10 +32,22 @@ class Pictured(NamedTuple):
     error_type: str | None
 
 
-def next_claimable(queue: str | None, unknown: Sequence[str]) -> Operation[tuple[str, bool] | None]:
-    """Return the queue of the runnable row that comes next and whether it has crashed before; None without one."""
+def next_claimable(queue: str | None, unknown: Sequence[str]) -> Operation[tuple[str, bool, bool] | None]:
+    """Return the queue of the row that comes next, whether it has crashed before, and whether it is limited."""
     rows = yield "next_claimable", {"queue": queue, "unknown": TextArray(unknown)}
-    return (rows[0][0], rows[0][1]) if rows else None
+    return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
+
+
+def awaits_tokens() -> Operation[bool]:
+    """Return whether rows wait for tokens."""
+    rows = yield "awaits_tokens", {}
+    return bool(rows[0][0])
+
+
+def refill() -> Operation[None]:
+    """Let rows that wait for tokens have them as if their time had come. Needs a transaction."""
+    yield "refill", {}
+    yield from lanes.open_due_lanes()
 
 
 def earliest_scheduled(queue: str | None) -> Operation[tuple[int, bool] | None]:

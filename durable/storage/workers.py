@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from durable.storage.arrays import Int4Array, Int8Array
 from durable.storage.claims import held
 from durable.storage.instances import end, lock_parents
+from durable.storage.lanes import free
 from durable.storage.session import Operation
 
 
@@ -115,7 +116,7 @@ def reclaim(
     )
     reclaimed = Reclaimed()
     ended: list[int] = []
-    for instance_id, queue, status, crashed in rows:
+    for instance_id, queue, status, crashed, _, _ in rows:
         reclaimed.ids.append(instance_id)
         reclaimed.taken[queue] += 1
         if crashed:
@@ -126,7 +127,9 @@ def reclaim(
             ended.append(instance_id)
             if status == "failed":
                 reclaimed.lost.append(instance_id)
-    for queue, count in (yield from end(ended)).items():
+    woken = Counter((yield from end(ended)))
+    woken.update((yield from free((row[4], row[5]) for row in rows)))
+    for queue, count in woken.items():
         reclaimed.by_queue[queue] = reclaimed.by_queue.get(queue, 0) + count
     return reclaimed
 

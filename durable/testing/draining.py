@@ -37,7 +37,8 @@ def drain(
 
     queue           only this one; None: all
     with_scheduled  when nothing is runnable, the scheduled row that is due first is run as if its time had come, until
-                    none is left: retry delays pass so too. Deadlines of parks do not: see `fire_timeouts`
+                    none is left: retry delays and waits for tokens pass so too. Deadlines of parks do not: see
+                    `fire_timeouts`
     max_steps       steps after which it gives up
     raise_errors    re-raise the first exception that a step ends with, after its outcome (a retry, say) was committed;
                     otherwise it is logged, as in production
@@ -70,6 +71,9 @@ def _drain(app: Durable, queue: str | None, with_scheduled: bool, max_steps: int
                 found = run(connection, app.sql, testing.next_claimable(queue, worker.unknown))
                 if found is not None:
                     _run(worker, worker.claim(*found), tally, max_steps, raise_errors)
+                    continue
+                if with_scheduled and run(connection, app.sql, testing.awaits_tokens()):
+                    run_atomically(connection, app.sql, testing.refill())
                     continue
                 scheduled = run(connection, app.sql, testing.earliest_scheduled(queue))
                 if scheduled is None or not (scheduled[1] or with_scheduled):

@@ -26,6 +26,7 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.picker import Picker
 from durable.runtime.step_transaction import StepAgain, StepConnections
 from durable.storage import claims, inspection, instances, signals, workers
+from durable.storage.admission import Demand, claim_limited
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import Connection
 from durable.testing.seams import is_usable
@@ -123,14 +124,18 @@ class LocalWorker:
         self._waited = 0.0
         self.unknown: list[str] = []
 
-    def claim(self, queue: str, suspect: bool) -> Claimed | None:
+    def claim(self, queue: str, suspect: bool, limited: bool) -> Claimed | None:
         """Claim the next row of a queue, its inbox loaded; None when it went elsewhere: taken, expired, unknown."""
         if not self._worker:
             me = identity.own("worker", "durable.testing", queue)
             self._worker = self._link.run(workers.register(me, LEASE))
         picker = self._pickers.setdefault(queue, Picker(self._link, queue))
         picker.rescan()
-        rows = picker.claim_suspect(self._worker) if suspect else picker.claim(self._worker, 1)
+        if limited:
+            demand = Demand(self._worker, queue, limit=1, slots=1, alone=True, unknown=picker.unknown)
+            rows = self._link.run_atomically(claim_limited(demand)).rows
+        else:
+            rows = picker.claim_suspect(self._worker) if suspect else picker.claim(self._worker, 1)
         if not rows:
             return None
         (row,) = rows

@@ -21,6 +21,7 @@ from durable.runtime.engine import Engine
 from durable.runtime.flusher import Flusher
 from durable.runtime.shared import Bell, SharedSeats
 from durable.storage import maintenance, workers
+from durable.storage.admission import Demand, claim_limited
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import Operation
 
@@ -65,8 +66,11 @@ class Driver:
         if len(engine.buffer):
             return list(reversed(engine.buffer.take_back()))
         engine._picker.rescan()
-        return engine._claimed(engine._picker.claim(self.worker, limit)) or engine._claimed(
-            engine._picker.claim_suspect(self.worker)
+        demand = Demand(self.worker, engine._queue, limit, slots=limit, alone=True)
+        return (
+            engine._claimed(engine._picker.claim(self.worker, limit))
+            or engine._claimed(engine._picker.claim_suspect(self.worker))
+            or engine._claimed(self.run(claim_limited(demand)).rows)
         )
 
     def claim(self) -> Claimed:

@@ -13,6 +13,8 @@ from psycopg.adapt import Transformer
 from durable import Durable
 from durable.instance import Claimed, NewSignal
 from durable.storage import claims, instances, maintenance, partitions, signals, workers
+from durable.storage.admission import LAST
+from durable.storage.arrays import Int4Array, Int8Array, TextArray
 from durable.storage.claims import Commit
 from durable.storage.session import Operation, connect
 from tests.fix_rows import DONE, HEAD, Rows
@@ -110,11 +112,77 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
     (maintenance.next_due(), {"instances_due", "instances_deadline"}),
     (
         maintenance.probe({"q0": 2, "q1": 1}, ["task:1"]),
-        {"instances_pick", "instances_suspect", "instances_due", "instances_deadline"},
+        {"instances_pick", "instances_limited", "instances_suspect", "instances_due", "instances_deadline"},
     ),
     (maintenance.sweep_kept(1.0), {"instances_kept", "instances_pkey"}),
 ]
+KEYS, BUCKETS = TextArray(["k1", "k2"]), TextArray(["b1"])
+LIMITED: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("limited_waits", {"queue": "q0", "unknown": TextArray([])}, {"instances_limited"}),
+    (
+        "limited_candidates",
+        {"queue": "q0", "to_priority": 9, "to_time": LAST[1], "unknown": TextArray([]), "limit": 20},
+        {"instances_limited"},
+    ),
+    ("unlimited_head", {"queue": "q0", "from_priority": 0, "from_time": HEAD[1]}, {"instances_pick"}),
+    ("key_holders", {"keys": KEYS, "ungated": KEYS}, {"instances_exclusive", "instances_slots", "instances_pkey"}),
+    (
+        "lane_heads",
+        {"queue": "q0", "unknown": TextArray([]), "lanes": KEYS, "counts": Int4Array([1, 2])},
+        {"instances_lane"},
+    ),
+    ("admit", {"worker": 1, "ids": Int8Array(IDS), "shards": Int4Array([None] * 100)}, {"instances_pkey"}),
+    ("set_lanes", {"ids": Int8Array(IDS), "lanes": TextArray(["k"] * 100)}, {"instances_pkey"}),
+    (
+        "relimit",
+        {
+            "ids": Int8Array([1]),
+            "concurrency_keys": TextArray(["k"]),
+            "rate_limits": TextArray(["r"]),
+            "weights": Int4Array([1]),
+        },
+        {"instances_pkey"},
+    ),
+    ("open_lanes", {"lanes": KEYS}, {"instances_lane", "instances_pkey"}),
+    ("open_due_lanes", {"limit": 100}, {"instances_lane", "instances_pkey"}),
+    ("any_parked", {}, {"instances_lane"}),
+    ("parked_lanes", {"after": "", "limit": 1000}, {"instances_lane"}),
+    ("unattended_lanes", {"lanes": KEYS}, {"instances_exclusive", "instances_slots"}),
+    ("wrong_gates", {"limit": 10}, {"instances_slots"}),
+    ("recount_shards", {"keys": KEYS, "shards": Int4Array([0, 1])}, {"instances_slots"}),
+    ("lanes_of_limit", {"kind": "rate", "name": "mail"}, {"instances_lane"}),
+]
+GATES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("lock_gates", {"keys": KEYS}, "gates", "gates_pkey"),
+    ("gate_shards", {"keys": KEYS}, "gates", "gates_pkey"),
+    ("lock_buckets", {"buckets": BUCKETS}, "buckets", "buckets_pkey"),
+    ("bucket_shards", {"buckets": BUCKETS}, "buckets", "buckets_pkey"),
+    ("due_buckets", {"limit": 20}, "buckets", "buckets_opens"),
+    ("limited_waits", {"queue": "q0", "unknown": TextArray([])}, "buckets", "buckets_opens"),
+    ("limits_named", {"gates": KEYS, "rates": BUCKETS}, "limits", "limits_pkey"),
+]
 HOT_STATEMENTS = [(item if isinstance(item, tuple) else statement(item), indexes) for item, indexes in HOT]
+
+
+@pytest.mark.parametrize(("name", "parameters", "indexes"), LIMITED, ids=[name for name, _, _ in LIMITED])
+def test_a_statement_of_limits_reaches_rows_by_its_index_only(
+    full: Rows, name: str, parameters: dict[str, Any], indexes: set[str]
+) -> None:
+    nodes = plan(full, full.connection, name, parameters)
+    assert reads(nodes, "instances") == indexes
+    assert not {"Hash Join", "Merge Join", "Bitmap Heap Scan"} & {node["Node Type"] for node in nodes}
+
+
+@pytest.mark.parametrize(("name", "parameters", "relation", "index"), GATES, ids=[entry[0] for entry in GATES])
+def test_gates_buckets_and_limits_are_reached_by_their_index(
+    full: Rows, name: str, parameters: dict[str, Any], relation: str, index: str
+) -> None:
+    assert reads(plan(full, full.connection, name, parameters), relation) == {index}
+
+
+def test_slots_are_credited_row_by_row(full: Rows) -> None:
+    parameters = {"keys": KEYS, "shards": Int4Array([0, 0]), "counts": Int4Array([1, 1])}
+    assert reads(plan(full, full.connection, "credit_slots", parameters), "gates") == {"gates_pkey", "Tid Scan"}
 
 
 @pytest.mark.parametrize("analyzed", [False, True], ids=["no statistics", "analyzed"])

@@ -1,0 +1,96 @@
+"""Lanes: opening them when something was freed, and mending those that nobody would open. SQL in sql/limits.sql.
+
+Everything that takes a row out of `executing` calls `free` in the same transaction, after the row itself changed;
+everything that ends or deletes a waiting row calls `open_lanes` for the lanes that the row may have had to see to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from durable.limits import key_lane
+from durable.storage.arrays import Int4Array, TextArray
+from durable.storage.session import Operation, Row
+
+Freed = tuple[str | None, int | None]
+"""The concurrency key of a row that executes no longer, and the shard of the gate that it drew its slot from."""
+
+PAGE = 1000
+"""Lanes that one turn of the repair looks at."""
+
+
+def free(freed: Iterable[Freed]) -> Operation[dict[str, int]]:
+    """Give slots back and open the lanes of their keys, in this order; return how many rows came out, per queue."""
+    pairs = Counter((key, shard) for key, shard in freed if key is not None)
+    if not pairs:
+        return {}
+    drawn = sorted((key, shard) for key, shard in pairs if shard is not None)
+    if drawn:
+        yield (
+            "credit_slots",
+            {
+                "keys": TextArray([key for key, _ in drawn]),
+                "shards": Int4Array([shard for _, shard in drawn]),
+                "counts": Int4Array([pairs[pair] for pair in drawn]),
+            },
+        )
+    return (yield from open_lanes({key_lane(key) for key, _ in pairs}))
+
+
+def open_lanes(lanes: Iterable[str]) -> Operation[dict[str, int]]:
+    """Make a candidate of the best row of each lane; return how many, per queue."""
+    ordered = sorted(set(lanes), key=str.encode)
+    if not ordered:
+        return {}
+    rows = yield "open_lanes", {"lanes": TextArray(ordered)}
+    return {row[0]: row[1] for row in rows}
+
+
+def open_due_lanes(limit: int = 100) -> Operation[dict[str, int]]:
+    """Open the token lanes that are due and that no worker has opened; return how many rows came out, per queue."""
+    rows = yield "open_due_lanes", {"limit": limit}
+    return {row[0]: row[1] for row in rows}
+
+
+def open_lanes_of(kind: str, name: str) -> Operation[dict[str, int]]:
+    """Open every lane of a limit that has changed; return how many rows came out, per queue."""
+    rows = yield "lanes_of_limit", {"kind": kind, "name": name}
+    return (yield from open_lanes(row[0] for row in rows))
+
+
+def lock_gates(keys: Sequence[str]) -> Operation[list[Row]]:
+    """Lock what can be locked of the keys' slots: (key, shard, wanted, capacity, used)."""
+    return (yield "lock_gates", {"keys": TextArray(keys)})
+
+
+def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
+    """Mend counters and lanes that contradict what executes. Needs a transaction.
+
+    after  where the last turn stopped in the lanes
+    Returns how many rows came out per queue, and where this turn stopped ("": at the end).
+    """
+    wrong = yield "wrong_gates", {"limit": PAGE}
+    lanes: set[str] = set()
+    if wrong:
+        held = yield from lock_gates(sorted({row[0] for row in wrong}))
+        mended = yield (
+            "recount_shards",
+            {"keys": TextArray([row[0] for row in held]), "shards": Int4Array([row[1] for row in held])},
+        )
+        lanes |= {key_lane(row[0]) for row in mended}
+    parked = yield "any_parked", {}
+    stopped = ""
+    if parked[0][0]:
+        page = yield "parked_lanes", {"after": after, "limit": PAGE}
+        unattended = yield "unattended_lanes", {"lanes": TextArray([row[0] for row in page])}
+        lanes |= {row[0] for row in unattended}
+        stopped = page[-1][0] if len(page) == PAGE else ""
+    return (yield from open_lanes(lanes)), stopped
+
+
+def sweep(limit: int = PAGE) -> Operation[int]:
+    """Forget gates and buckets that nobody uses; return how many rows they had."""
+    gates = yield "sweep_gates", {"limit": limit}
+    buckets = yield "sweep_buckets", {"limit": limit}
+    return len(gates) + len(buckets)

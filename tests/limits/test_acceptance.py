@@ -1,0 +1,217 @@
+"""Two worker commands and a beat on a mixed load, some of them killed: a checker decides every bound at every instant.
+
+Each step notes in an effects table, on a connection of its own, when it began and ended by the database's clock. A step
+that was killed has no end: it counts as a moment, its process was dead before the row went to anybody else.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from durable import Durable
+from tests import fix_db
+from tests.fix_app import Command
+from tests.fix_db import wait_until
+from tests.test_docs import load
+
+schema = fix_db.schema  # processes of its own for each test
+
+BODY = """
+import os, time
+import psycopg
+from durable import ConcurrencyLimit, Machine, Next, Done, RateLimit, step
+from durable.limit_rows import LimitRows
+
+app.limit_rows = LimitRows({"mail": RateLimit(40, 1.0, burst=5), "slow": RateLimit(10, 1.0, burst=1)},
+                           {"vendor": ConcurrencyLimit(3, shards=2)})
+_connections = {}
+
+def effects():
+    if os.getpid() not in _connections:
+        _connections[os.getpid()] = psycopg.connect(app.dsn(), autocommit=True)
+    return _connections[os.getpid()]
+
+def during(what, seconds):
+    (row,) = effects().execute("INSERT INTO effects (what, began) VALUES (%s, clock_timestamp()) RETURNING id", [what])
+    time.sleep(seconds)
+    effects().execute("UPDATE effects SET ended = clock_timestamp() WHERE id = %s", row)
+
+@app.task
+def work(what, seconds=0.005):
+    during(what, seconds)
+
+@app.machine(inline=True)
+class Chain(Machine):
+    @step(initial=True)
+    def one(self, ctx):
+        during("acct:chain", 0.003)
+        return Next(self.two)
+
+    @step
+    def two(self, ctx):
+        during("acct:chain", 0.003)
+        return Next(self.three, concurrency_key="vendor:chain", rate_limit="mail:chain")
+
+    @step
+    def three(self, ctx):
+        during("mail:chain", 0.0)
+        during("vendor:chain", 0.003)
+        return Done()
+"""
+
+Effect = tuple[str, datetime, datetime | None]
+
+
+@pytest.fixture
+def tasks(tasks_module: Callable[[str], Path], connection: Any, schema: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    folder = tasks_module(BODY)
+    source = (folder / "tasks.py").read_text()
+    (folder / "tasks.py").write_text(
+        source.replace("INTO effects", f"INTO {schema}_effects").replace("UPDATE effects", f"UPDATE {schema}_effects")
+    )
+    connection.execute(
+        f"CREATE TABLE {schema}_effects (id serial PRIMARY KEY, what text, began timestamptz, ended timestamptz)"
+    )
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    module = load(folder / "tasks.py")
+    module.app.migrate()
+    yield module
+    module.app.close()
+    del sys.modules["tasks"]
+    connection.execute(f"DROP TABLE {schema}_effects")
+
+
+def read(connection: Any, schema: str, like: str) -> dict[str, list[Effect]]:
+    found: dict[str, list[Effect]] = {}
+    for row in connection.execute(
+        f"SELECT what, began, ended FROM {schema}_effects WHERE what LIKE %s ORDER BY began", [like]
+    ):
+        found.setdefault(row[0], []).append(row)
+    return found
+
+
+def most_at_once(effects: list[Effect]) -> int:
+    """The largest number of effects that lie over one instant."""
+    moments = [(began, 1) for _, began, ended in effects if ended is not None]
+    moments += [(ended, -1) for _, _, ended in effects if ended is not None]
+    most = now = 0
+    for _, change in sorted(moments):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def too_fast(effects: list[Effect], per_second: float, burst: int, late: float) -> list[str]:
+    """Windows in which more began than a bucket gives; what was granted may begin that many seconds later."""
+    began = [effect[1] for effect in effects]
+    return [
+        f"{m - n + 1} within {began[m] - began[n]}"
+        for n in range(len(began))
+        for m in range(n + 1, len(began))
+        if m - n + 1 > burst + per_second * ((began[m] - began[n]).total_seconds() + late)
+    ]
+
+
+def finished(app: Durable, connection: Any) -> Callable[[], bool]:
+    return lambda: (
+        not connection.execute(f"SELECT FROM {app.schema}.instances WHERE finished_at IS NULL LIMIT 1").fetchall()
+    )
+
+
+def test_no_bound_is_ever_exceeded_while_processes_are_killed(
+    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
+) -> None:
+    app, work = tasks.app, tasks.work
+    rng = random.Random(7)
+    entries: list[tuple[Any, dict[str, Any]]] = []
+    for n in range(60):
+        acct, vendor, mail = f"acct:{n % 3}", f"vendor:{n % 2}", f"mail:{n % 2}"
+        entries += [
+            (work, {"args": (acct,), "concurrency_key": acct}),
+            (work, {"args": (vendor, 0.01), "concurrency_key": vendor, "priority": n % 3}),
+            (work, {"args": (mail, 0.0), "rate_limit": mail}),
+            (work, {"args": ("plain", 0.001)}),
+        ]
+    entries += [(tasks.Chain, {"concurrency_key": "acct:chain"}) for _ in range(15)]
+    rng.shuffle(entries)
+    app.insert_many(entries[:200])
+    workers = [durable_worker("worker", "-c", "3") for _ in range(2)]
+    durable_worker("beat", wait=False)
+    for target, options in entries[200:]:
+        app.insert(target, **options)  # candidates, one by one
+
+    def effects() -> int:
+        return int(connection.execute(f"SELECT count(*) FROM {schema}_effects").fetchone()[0])
+
+    for kill, at in enumerate((40, 90, 140)):
+        wait_until(lambda at=at: effects() >= at, 60, f"effects before kill {kill}")
+        victims = workers[kill % 2].children("durable:")
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    workers[0].process.kill()
+    workers.append(durable_worker("worker", "-c", "3"))
+    wait_until(finished(app, connection), 60, "the end of everything")
+
+    statuses = connection.execute(f"SELECT status::text, count(*) FROM {schema}.history GROUP BY 1").fetchall()
+    assert statuses == [("done", len(entries))]
+    exclusive = read(connection, schema, "acct:%")
+    assert {key: most_at_once(of_key) for key, of_key in exclusive.items()} == dict.fromkeys(exclusive, 1)
+    gated = read(connection, schema, "vendor:%")
+    assert all(most_at_once(of_key) <= 3 for of_key in gated.values())
+    assert max(most_at_once(of_key) for of_key in gated.values()) > 1, "a gate is no lock"
+    for bucket, of_bucket in read(connection, schema, "mail:%").items():
+        assert too_fast(of_bucket, 40.0, 5, late=0.5) == [], bucket
+    left = connection.execute(f"SELECT key, used FROM {schema}.gates WHERE used > 0").fetchall()
+    assert left == []
+
+
+def test_ten_a_second_with_a_burst_of_one_is_really_ten_a_second(
+    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
+) -> None:
+    durable_worker("worker", "-c", "2")
+    results = [tasks.work.apply_async(args=("slow", 0.0), rate_limit="slow") for _ in range(30)]
+    for result in results:
+        result.get(30)
+    (effects,) = read(connection, schema, "slow").values()
+    assert too_fast(effects, 10.0, 1, late=0.25) == []
+    took = effects[-1][1] - effects[0][1]
+    # Three seconds are due; a machine that others use too may take half as long again.
+    assert timedelta(seconds=2.65) <= took <= timedelta(seconds=4.5)
+
+
+def test_a_parked_row_starts_at_once_when_its_key_comes_free_in_workers_that_poll_once_an_hour(
+    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
+) -> None:
+    hourly = {"DURABLE_POLL_INTERVAL": "3600", "DURABLE_REAPER_INTERVAL": "3600", "DURABLE_RECONCILE_INTERVAL": "3600"}
+    for _ in range(2):
+        durable_worker("worker", "-c", "1", **hourly)
+    results = [tasks.work.apply_async(args=("acct:1", 0.2), concurrency_key="acct:1") for _ in range(6)]
+    for result in results:
+        result.get(30)
+    (effects,) = read(connection, schema, "acct:%").values()
+    assert most_at_once(effects) == 1
+    gaps = [later[1] - earlier[2] for earlier, later in pairwise(effects) if earlier[2]]
+    assert sorted(gaps)[len(gaps) // 2] < timedelta(milliseconds=500)
+
+
+def test_a_row_with_a_rate_limit_gets_its_turn_while_its_worker_is_never_idle(
+    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
+) -> None:
+    app, work = tasks.app, tasks.work
+    plain = [(work, {"args": ("plain", 0.0), "priority": 5}) for _ in range(3000)]
+    app.insert_many([*plain, (work, {"args": ("keyed", 0.0), "concurrency_key": "acct:1"})])
+    durable_worker("worker", "-c", "1")
+    wait_until(lambda: read(connection, schema, "plain"), what="the first of many")
+    result = work.apply_async(args=("mail", 0.0), rate_limit="mail")
+    result.get(30)
+    left = connection.execute(f"SELECT count(*) FROM {schema}.instances WHERE status = 'runnable'").fetchone()
+    assert left[0] > 500
