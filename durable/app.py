@@ -364,7 +364,7 @@ class Durable(Registry):
             signals.deliver(batch),
             lambda delivery: self.wakeups.became_ready(delivery.ready),
             lambda delivery: self.wakeups.any_queue() if delivery.ready else (),
-            atomic=False,
+            atomic=signals.may_repeat(batch),
         )
 
     def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
