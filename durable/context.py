@@ -142,7 +142,7 @@ class Context(Generic[S]):
         app: Any,
         log: logging.Logger,
         state: Any = None,
-        begin: Callable[[Claimed, bool], Transaction] | None = None,
+        begin: Begin | None = None,
         is_async: bool = False,
     ) -> None:
         self._claimed = claimed
@@ -251,8 +251,12 @@ class Context(Generic[S]):
                     raise ConnectionUsageError(
                         "ctx.connection is there while the step runs: not in handle(), whose outcome commits alone"
                     )
-                self.transaction = self._begin(self._claimed, self._is_async)
+                self._begin(self._claimed, self._is_async, self._began)
+            assert self.transaction is not None, "it has begun"
             return self.transaction.connection
+
+    def _began(self, transaction: Transaction) -> None:
+        self.transaction = transaction
 
     def commit(self, commit: Commit) -> Commit:
         """The runtime's: return the step's outcome, committed already if the step asked for its connection."""
@@ -346,6 +350,10 @@ class Transaction(Protocol):
 
     def abandon(self, error: BaseException) -> None:
         """Roll it back after the step raised."""
+
+
+Begin = Callable[[Claimed, bool, Callable[[Transaction], None]], None]
+"""Opens the transaction of a step, and passes it on: its claim, whether it is `async def`, who keeps the transaction."""
 
 
 def current() -> Context[Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable
-from durable.runtime import soft_limit
+from durable.runtime import soft_limit, step_transaction
 from tests.fix_db import wait_until
 from tests.machines.driver import Driver, View
 
@@ -152,3 +152,25 @@ def test_threads_of_a_step_share_its_connection(app: Durable, driver: Driver) ->
     result = work.delay()
     driver.step()
     assert result.get(1) == [True] * 4
+
+
+def test_a_soft_limit_does_not_interrupt_the_opening_half_way(
+    app: Durable, driver: Driver, view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(step_transaction.StepTransaction):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            time.sleep(0.4)  # between having a connection and the step's knowing of it
+
+    @app.task(bind=True, name="t", max_attempts=1, soft_time_limit=0.2)
+    def work(ctx: Context) -> Any:
+        return ctx.connection.execute("SELECT 7").fetchone()
+
+    soft_limit.install()
+    results = [work.delay() for _ in range(2)]
+    monkeypatch.setattr(step_transaction, "StepTransaction", Slow)
+    driver.step()
+    assert view.of(results[0].id, "error")[0]["type"] == "SoftTimeLimitExceeded"
+    monkeypatch.undo()
+    driver.step()
+    assert results[1].get(1) == [7]
