@@ -96,6 +96,10 @@ class MachineRunner:
             commit = self._commit(claimed, definition, context, value)
         except StepAgain:
             raise
+        except Cancel as cancel:
+            return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
+        except RetryRequested as request:
+            commit = self._commit(claimed, definition, context, Retry(delay=request.delay or 0.0))
         except BaseException as problem:
             log_failure(log, claimed, problem)
             return failed(claimed, problem)
