@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
@@ -141,12 +142,13 @@ class Context(Generic[S]):
         app: Any,
         log: logging.Logger,
         state: Any = None,
-        begin: Callable[[Claimed, bool], Transaction] | None = None,
+        begin: Begin | None = None,
         is_async: bool = False,
     ) -> None:
         self._claimed = claimed
         self._begin = begin
         self._is_async = is_async
+        self._opening = threading.Lock()
         self.transaction: Transaction | None = None
         """What `connection` has begun, until the step ends."""
         self._cancel_requested = False
@@ -243,17 +245,28 @@ class Context(Generic[S]):
         Opened when first asked for; waits until one of the process's `step_connections` is free. What ends its
         transaction early raises ConnectionUsageError; so does asking for it after the step, in `handle` too.
         """
-        if self.transaction is None:
-            if self._begin is None:
-                raise ConnectionUsageError(
-                    "ctx.connection is there while the step runs: not in handle(), whose outcome commits alone"
-                )
-            self.transaction = self._begin(self._claimed, self._is_async)
-        return self.transaction.connection
+        with self._opening:  # threads of the step share one
+            if self.transaction is None:
+                if self._begin is None:
+                    raise ConnectionUsageError(
+                        "ctx.connection is there while the step runs: not in handle(), whose outcome commits alone"
+                    )
+                self._begin(self._claimed, self._is_async, self._began)
+            assert self.transaction is not None, "it has begun"
+            return self.transaction.connection
+
+    def _began(self, transaction: Transaction) -> None:
+        self.transaction = transaction
 
     def commit(self, commit: Commit) -> Commit:
         """The runtime's: return the step's outcome, committed already if the step asked for its connection."""
+        self._close()
         return commit if self.transaction is None else self.transaction.commit(commit)
+
+    def _close(self) -> None:
+        """The step has returned: a thread that it left behind opens nothing any more."""
+        with self._opening:
+            self._begin = None
 
     def _end(self) -> None:
         self.transaction = self._begin = None
@@ -339,6 +352,10 @@ class Transaction(Protocol):
         """Roll it back after the step raised."""
 
 
+Begin = Callable[[Claimed, bool, Callable[[Transaction], None]], None]
+"""Opens the transaction of a step, and passes it on: its claim, whether it is `async def`, who keeps the transaction."""
+
+
 def current() -> Context[Any] | None:
     """Return the context of the step that is running here, or None outside of one."""
     return _current.get()
@@ -361,8 +378,10 @@ class entered:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         context = self._context
         try:
-            if error is not None and context.transaction is not None:
-                context.transaction.abandon(error)
+            if error is not None:
+                context._close()
+                if context.transaction is not None:
+                    context.transaction.abandon(error)
         finally:
             context._end()
             _current.reset(self._token)

@@ -82,5 +82,5 @@ def delivering(batch: list[NewSignal], wakeups: Wakeups) -> Write[signals.Delive
         signals.deliver(batch),
         lambda done: wakeups.became_ready(done.ready),
         lambda done: wakeups.any_queue() if done.ready else (),
-        atomic=False,
+        atomic=signals.may_repeat(batch),
     )

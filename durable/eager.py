@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -226,7 +226,7 @@ class Eager:
         return EagerResult(end, self._app, parts)
 
 
-def _no_connection(_claimed: Claimed, _is_async: bool) -> Transaction:
+def _no_connection(_claimed: Claimed, _is_async: bool, _keep: Callable[[Transaction], None]) -> None:
     raise ConnectionUsageError("ctx.connection needs a database: with task_always_eager there is none")
 
 

@@ -59,10 +59,11 @@ class Cron:
 
     def next_after(self, moment: datetime) -> datetime | None:
         """Return the first occurrence after a moment, in UTC; None when there is none within fifty years."""
-        try:
-            return next(CronSim(self.expression, moment.astimezone(_zone(self.tz)))).astimezone(UTC)
-        except StopIteration:
-            return None
+        for found in CronSim(self.expression, moment.astimezone(_zone(self.tz))):
+            # Asked in the second of an hour that comes twice, cronsim names a fixed time in the first.
+            if (occurrence := found.astimezone(UTC)) > moment:
+                return occurrence
+        return None
 
 
 @dataclass(frozen=True, slots=True)

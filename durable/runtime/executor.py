@@ -6,12 +6,15 @@ but what ends the process.
 
 from __future__ import annotations
 
+from functools import partial
+
 from durable.app import Durable
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.machine_step import MachineRunner
+from durable.runtime.soft_limit import beginning
 from durable.runtime.step_transaction import Begin
 from durable.runtime.task_step import TaskRunner
 from durable.storage.claims import Commit
@@ -35,8 +38,9 @@ class Executor:
         self._coroutines = coroutines
         self.time_limits = time_limits(app)
         """Seconds after which a step is killed, of the definitions that have such a limit."""
-        self._tasks = TaskRunner(app, coroutines, begin)
-        self._machines = MachineRunner(app, coroutines, begin)
+        undisturbed = begin and partial(beginning, begin)
+        self._tasks = TaskRunner(app, coroutines, undisturbed)
+        self._machines = MachineRunner(app, coroutines, undisturbed)
 
     def execute(self, claimed: Claimed) -> Commit:
         """Run the step of a claimed row and return its outcome.

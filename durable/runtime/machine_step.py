@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from durable.app import Durable
-from durable.context import Context, entered
+from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, ValidationError
 from durable.instance import Claimed, NewInstance, Payload
 from durable.machine import MachineDefinition
@@ -30,7 +30,7 @@ from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
-from durable.runtime.step_transaction import Begin, StepAgain
+from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit, Limits
 from durable.validation import near
 
@@ -96,6 +96,10 @@ class MachineRunner:
             commit = self._commit(claimed, definition, context, value)
         except StepAgain:
             raise
+        except Cancel as cancel:
+            return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
+        except RetryRequested as request:
+            commit = self._commit(claimed, definition, context, Retry(delay=request.delay or 0.0))
         except BaseException as problem:
             log_failure(log, claimed, problem)
             return failed(claimed, problem)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from durable.app import Durable
 from durable.runtime.link import Link
 from durable.storage import schedules
 
 log = logging.getLogger(__name__)
+
+AT_MOST = 1.0
+"""Seconds after which firing pauses, with more to make up for."""
 
 
 class Firing:
@@ -26,8 +30,12 @@ class Firing:
             log.error("schedule %r belongs to another app in this schema; rename one of the two", name)
 
     def fire(self) -> int:
-        """Insert what is due; return how many schedules were. Raises psycopg.Error."""
+        """Insert what is due; return how many schedules were. Raises psycopg.Error.
+
+        Not everything that is due, when that takes long: the caller has leases to keep, and comes again.
+        """
         total = 0
+        until = time.monotonic() + AT_MOST
         while True:
             fired = self._link.run_atomically(schedules.fire(self._unreadable))
             for name in fired.unreadable:
@@ -36,5 +44,5 @@ class Firing:
             for operation in self._app.wakeups.after_insert(fired.inserted):
                 self._link.run(operation)
             total += fired.schedules
-            if not fired.schedules:
+            if not fired.schedules or time.monotonic() >= until:
                 return total

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from durable.instance import Claimed
 from durable.outcomes import SoftTimeLimitExceeded
 from durable.runtime.coroutines import CoroutineRunner
 
+T = TypeVar("T")
+
 _armed: float | None = None
 _installed = False
+_put_off = False
+_late = False
 
 
 def install() -> None:
@@ -42,8 +48,33 @@ def within(seconds: float | None, coroutines: CoroutineRunner, is_async: bool, c
         return call()
 
 
+@contextmanager
+def _putting_off() -> Iterator[None]:
+    """An alarm that comes meanwhile interrupts after."""
+    global _put_off, _late
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal comes here
+        return
+    _put_off = True
+    try:
+        yield
+    finally:
+        _put_off = False
+    if _late:
+        _ring(signal.SIGALRM, None)
+
+
+def beginning(begin: Callable[[Claimed, bool], T], claimed: Claimed, is_async: bool, keep: Callable[[T], None]) -> None:
+    """Begin something for a step and have it kept: both or, if that fails, neither, whatever alarm comes."""
+    with _putting_off():
+        keep(begin(claimed, is_async))
+
+
 def _ring(_number: int, _frame: object) -> None:
-    global _armed
+    global _armed, _late
+    _late = _put_off
+    if _late:
+        return
     seconds, _armed = _armed, None
     if seconds is not None:
         raise SoftTimeLimitExceeded(seconds)
@@ -51,11 +82,11 @@ def _ring(_number: int, _frame: object) -> None:
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    global _armed
+    global _armed, _late
     if not _installed:
         yield
         return
-    _armed = seconds
+    _armed, _late = seconds, False
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -53,7 +53,9 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 60.0
 """Seconds after which an unused step connection is closed."""
 _AGAIN = ("40001", "40P01")  # serialization failure, deadlock
+_TOO_LONG = ("25P03", "25P04")  # the server's idle_in_transaction_session_timeout, transaction_timeout
 _STATUS = psycopg.pq.TransactionStatus
+_NO_PIPELINE = psycopg.pq.PipelineStatus.OFF
 
 
 class StepAgain(BaseException):
@@ -81,6 +83,7 @@ class _Sync:
 
     def begin(self) -> None:
         self.connection.row_factory = tuple_row
+        self.connection.cursor_factory = psycopg.Cursor
         self.connection.execute(BEGIN, prepare=False)
 
     def run(self, sql: Statements, operation: Operation[T]) -> T:
@@ -102,6 +105,7 @@ class _Async:
 
     def begin(self) -> None:
         self.connection.row_factory = tuple_row
+        self.connection.cursor_factory = psycopg.AsyncCursor
         run_beside(self._begin())
 
     async def _begin(self) -> None:
@@ -172,8 +176,8 @@ class StepConnections:
             raise
 
     def give_back(self, lent: Lent) -> None:
-        """Take a connection back, out of its transaction."""
-        if lent.connection.closed or lent.connection.info.transaction_status != _STATUS.IDLE:
+        """Take a connection back; one that is not out of its transaction is closed."""
+        if not usable(lent) or lent.connection.info.transaction_status != _STATUS.IDLE:
             self._close(lent)
         else:
             with self._lock:
@@ -224,7 +228,22 @@ class StepConnections:
     @staticmethod
     def _close(lent: Lent) -> None:
         # Without asking the loop of an async one, which may be running.
+        if lent.connection.pgconn.transaction_status == _STATUS.ACTIVE:
+            try:
+                lent.connection.cancel()  # else the statement, and its locks, would outlive the connection
+            except psycopg.Error as error:
+                log.warning("a statement that a step left running could not be cancelled: %s", describe(error))
         lent.connection.pgconn.finish()
+
+
+def usable(lent: Lent) -> bool:
+    """Whether statements can be sent: it is open, and no statement, COPY or pipeline is under way."""
+    connection = lent.connection
+    return not (
+        connection.closed
+        or connection.info.transaction_status == _STATUS.ACTIVE
+        or connection.pgconn.pipeline_status != _NO_PIPELINE
+    )
 
 
 class StepTransaction:
@@ -284,15 +303,18 @@ class StepTransaction:
         self._give_back(undo=not lost)
         if isinstance(error, StepAgain):
             return
-        if lost:
-            raise StepAgain("the step's connection was lost") from error
         cause: BaseException | None = error
         seen: set[int] = set()
         while cause is not None and id(cause) not in seen:
             seen.add(id(cause))
-            if isinstance(cause, psycopg.Error) and cause.sqlstate in _AGAIN:
-                raise StepAgain(describe(cause)) from error
+            if isinstance(cause, psycopg.Error):
+                if cause.sqlstate in _TOO_LONG:
+                    return  # the step's doing: it would take as long the next time
+                if cause.sqlstate in _AGAIN:
+                    raise StepAgain(describe(cause)) from error
             cause = cause.__cause__ or cause.__context__
+        if lost:
+            raise StepAgain("the step's connection was lost") from error
 
     def _check_open(self, lent: Lent) -> None:
         if lent.connection.closed or lent.connection.broken:
@@ -303,15 +325,16 @@ class StepTransaction:
                 "a statement on ctx.connection failed and the step went on, so its transaction can't commit; let the "
                 "error out, or use `with ctx.connection.transaction():` around what may fail"
             )
-        if status != _STATUS.INTRANS:
+        if status != _STATUS.INTRANS or lent.connection.pgconn.pipeline_status != _NO_PIPELINE:
             raise ConnectionUsageError(
-                f"the step left ctx.connection {status.name}; its transaction ends with the step, by the runtime"
+                f"the step left ctx.connection {status.name if status != _STATUS.INTRANS else 'in a pipeline'}; "
+                "its transaction ends with the step, by the runtime"
             )
 
     def _give_back(self, *, undo: bool = False) -> None:
         lent, self._lent = self._lent, None
         assert lent is not None, "given back once"
-        if undo:
+        if undo and usable(lent):
             try:
                 lent.undo()
             except psycopg.Error as error:

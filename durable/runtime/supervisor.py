@@ -241,7 +241,9 @@ class Supervisor:
         for index, place in enumerate(self._places):
             seat = self._seats.seat(index)
             entered, limit_at = seat.entered, seat.limit_at
-            if entered is None or not limit_at or now < limit_at or not kill_running(seat, entered, os.getpid()):
+            if entered is None or not limit_at or now < limit_at:
+                continue
+            if not kill_running(seat, entered, os.getpid(), limit_at):
                 continue
             ran = limit_at - seat.entered_at
             place.reason = f": its step ran longer than its time_limit of {ran:g} s"

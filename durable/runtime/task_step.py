@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from durable.app import Durable
-from durable.context import Context, entered
+from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadError
 from durable.instance import Claimed
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
@@ -17,7 +17,7 @@ from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
-from durable.runtime.step_transaction import Begin, StepAgain
+from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
 from durable.task_hooks import begun, ended, observed

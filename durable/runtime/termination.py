@@ -47,10 +47,11 @@ def terminate(seats: SharedSeats, link: Link) -> None:
             log.warning("worker process %d is killed: its instance is terminated", pid, extra={"instance": claim[0]})
 
 
-def kill_running(seat: Seat, claim: Entered, parent: int) -> bool:
+def kill_running(seat: Seat, claim: Entered, parent: int, limit_at: float | None = None) -> bool:
     """Kill the process in a seat if it runs that claim, and return whether it did; else it goes on.
 
-    parent  whose child it must be: a pid that was given to another process meanwhile is left alone
+    parent    whose child it must be: a pid that was given to another process meanwhile is left alone
+    limit_at  and that very step of it, as its limit in the seat tells: an inline chain has one claim for all its steps
     """
     pid = seat.pid
     if not pid or seat.entered != claim:
@@ -64,6 +65,7 @@ def kill_running(seat: Seat, claim: Entered, parent: int) -> bool:
             killed = False
             try:
                 killed = _comes_to_rest(pid) and seat.pid == pid and seat.entered == claim
+                killed = killed and limit_at in (None, seat.limit_at)
             finally:
                 send(signal.SIGKILL if killed else signal.SIGCONT)
             return killed

@@ -26,15 +26,37 @@ class Delivery:
 def deliver(batch: Sequence[NewSignal]) -> Operation[Delivery]:
     """Deliver signals, each to an id or to whoever occupies its correlation key now.
 
-    One statement stores all of them, so that it is atomic by itself.
+    One statement stores all of them, so that it is atomic by itself; but where an occupant has ended since it was
+    looked up, its successor is looked for, which is more: see `may_repeat`.
     """
-    keys = sorted({signal.target for signal in batch if isinstance(signal.target, str)})
     found: dict[int | str, int] = {}
+    delivery = yield from _deliver(batch, found, range(len(batch)))
+    while left := [n for n, stored in enumerate(delivery.stored) if stored is None and batch[n].target in found]:
+        before = {batch[n].target: found[batch[n].target] for n in left}
+        for target in before:
+            del found[target]
+        again = yield from _deliver(batch, found, left)
+        for n in left:
+            delivery.stored[n] = again.stored[n]
+            if found.get(batch[n].target) == before[batch[n].target]:
+                del found[batch[n].target]  # not seen to have ended, and not live: nothing more to learn
+        delivery.ready += again.ready
+    return delivery
+
+
+def may_repeat(batch: Sequence[NewSignal]) -> bool:
+    """Whether a delivery may store some in a second statement, and needs a transaction for that."""
+    return len(batch) > 1 and any(isinstance(signal.target, str) for signal in batch)
+
+
+def _deliver(batch: Sequence[NewSignal], found: dict[int | str, int], which: Sequence[int]) -> Operation[Delivery]:
+    """Deliver some of a batch; `found` is filled with who occupies the keys of those."""
+    keys = sorted({target for n in which if isinstance(target := batch[n].target, str)})
     if keys:
         rows = yield "occupants", {"keys": TextArray(keys)}
-        found = dict(rows)
+        found.update(rows)
     targets = [found.get(signal.target, signal.target) for signal in batch]
-    addressed = [n for n, target in enumerate(targets) if isinstance(target, int)]
+    addressed = [n for n in which if isinstance(targets[n], int)]
     delivery = Delivery([None] * len(batch))
     if not addressed:
         return delivery

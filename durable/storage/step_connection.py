@@ -19,8 +19,12 @@ from durable.storage.session import connection_defaults
 
 T = TypeVar("T")
 
-# What a step before this one has set in the session is not this one's.
-BEGIN = "RESET ALL; RESET ROLE; BEGIN"
+# What a step before this one has left in the session is not this one's. In a transaction of its own, since a step may
+# still choose its isolation level, which only the first statement of a transaction can.
+BEGIN = (
+    "BEGIN; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; "
+    "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; COMMIT; BEGIN"
+)
 
 
 def _refuse(what: str) -> NoReturn:

@@ -164,3 +164,16 @@ def test_a_share_that_makes_no_sense_is_refused(
     ran = process("worker", *options)
     assert ran.code == 2
     assert complaint in ran.err
+
+
+@pytest.mark.parametrize("command", ["worker", "beat"])
+def test_a_wrong_entry_of_beat_schedule_is_said_once_and_nothing_is_forked(
+    durable: Callable[..., Ran], tasks_module: Callable[[str], Path], command: str
+) -> None:
+    tasks_module("""
+        app.migrate()
+        app.conf.beat_schedule = {"nightly": {"task": "tasks.none", "schedule": 10}}
+    """)
+    ran = durable(command)
+    assert ran.code == 3
+    assert "beat_schedule, entry 'nightly'" in ran.err

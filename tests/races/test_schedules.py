@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from durable import Durable, every
+from durable.runtime import periodic
+from durable.runtime.link import Link
+from durable.runtime.periodic import Firing
 from durable.schedules import Periodic
 from durable.storage import schedules
+from durable.storage.schedules import AT_ONCE
 from tests.fix_rows import Rows, new
 from tests.interleaving import Held
 
@@ -129,6 +133,24 @@ def test_every_missed_occurrence_is_made_up_for_over_several_transactions(
     )
     assert [clock.fire() for _ in range(4)] == [3, 3, 2, 0]
     assert clock.of("fired", "next_at - last_at") == [(8, timedelta(hours=1))]
+
+
+def test_firing_a_long_backlog_lets_its_caller_keep_its_leases(
+    app: Durable, connection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.periodic(every(1), misfire="all")
+    @app.task(name="t")
+    def work() -> None: ...
+
+    link = Link(app.dsn, app.sql, "test", pooler=False, most_wait=1.0, pause=lambda _: False)
+    firing = Firing(app, link)
+    firing.declare()
+    connection.execute(f"UPDATE {app.schema}.schedules SET next_at = clock_timestamp() - interval '1 hour'")
+    monkeypatch.setattr(periodic, "AT_MOST", 0.0)
+    fired = f"SELECT fired FROM {app.schema}.schedules"
+    assert (firing.fire(), connection.execute(fired).fetchone()[0]) == (1, AT_ONCE)
+    assert (firing.fire(), connection.execute(fired).fetchone()[0]) == (1, 2 * AT_ONCE)
+    link.drop()
 
 
 def test_a_schedule_keeps_its_time_unless_its_timing_changed(rows: Rows, clock: Clock) -> None:

@@ -118,6 +118,30 @@ def test_one_that_goes_on_to_another_claim_until_it_is_frozen_is_let_go(
     counts(seat, pid)
 
 
+def test_the_next_step_of_an_inline_chain_is_not_killed_for_the_one_before(
+    seat: Seat, child: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        seat.enter(5, 2, 0.0, 10.0)
+        while True:
+            seat.worker_id += 1
+
+    pid = child(run)
+    wait_until(lambda: seat.worker_id)
+    rest = termination._comes_to_rest
+
+    def moving_on(pid: int) -> bool:
+        at_rest = rest(pid)
+        seat.leave()
+        seat.enter(5, 2, 10.1, 20.1)
+        return at_rest
+
+    monkeypatch.setattr(termination, "_comes_to_rest", moving_on)
+    assert not kill_running(seat, Entered(5, 2), ME, 10.0)
+    counts(seat, pid)
+    assert kill_running(seat, Entered(5, 2), ME, 20.1)
+
+
 def test_a_child_that_changes_claims_all_the_time_is_only_ever_killed_in_the_right_one(
     seat: Seat, child: Callable[..., int]
 ) -> None:

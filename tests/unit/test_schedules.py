@@ -98,6 +98,22 @@ def test_what_is_due_when_clocks_change(schedule: Schedule, moment: str, due: li
     assert after(schedule, moment) == due
 
 
+@pytest.mark.parametrize(
+    ("schedule", "moment", "due"),
+    [
+        (crontab("15 2 * * *", tz="Europe/Berlin"), "2026-10-25T01:04:34Z", "26 01:15Z"),
+        (crontab("15,45 1-3 * * *", tz="Europe/Berlin"), "2026-10-25T01:30:00Z", "25 02:15Z"),
+        (crontab("45 1 * * *", tz="Australia/Lord_Howe"), "2026-04-04T15:00:51Z", "05 15:15Z"),
+        (crontab("15 2 * * *", tz="Antarctica/Troll"), "2026-10-25T01:50:50Z", "26 02:15Z"),
+    ],
+    ids=["once a day", "lists", "half an hour", "two hours"],
+)
+def test_whoever_asks_in_the_second_of_two_hours_hears_of_none_in_the_first(
+    schedule: Schedule, moment: str, due: str
+) -> None:
+    assert after(schedule, moment, 1) == [due]
+
+
 MINUTE = every(60)
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
