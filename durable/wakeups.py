@@ -23,6 +23,8 @@ ANY_QUEUE = "*"
 RESCAN = "!"
 TERMINATE = "terminate"
 """What tells agents to look for claims whose process is to be killed."""
+ORDERS = "orders"
+"""What tells agents to look for orders: a queue paused or resumed, a command to be stopped."""
 _PAYLOAD = re.compile(r"([^:]+):([0-9]{1,9}):(!|-?[0-9]{1,5})")
 
 
@@ -141,6 +143,10 @@ class Wakeups:
     def terminations(self) -> list[Operation[Any]]:
         """Return the notification that a claim is to be killed."""
         return [self._notify(self._queue_channel, TERMINATE)] if self._enabled else []
+
+    def orders(self) -> list[Operation[Any]]:
+        """Return the notification that agents have orders."""
+        return [self._notify(self._queue_channel, ORDERS)] if self._enabled else []
 
     def due_sooner(self) -> list[Operation[Any]]:
         """Return the notification that a row was scheduled."""

@@ -11,7 +11,7 @@ from durable.instance import STATUSES
 from durable.storage import inspection
 from durable.storage.inspection import QueueState, Totals, WorkerState
 from durable.storage.session import run
-from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say, seconds
+from durable_cli.output import cell, error_line, heading, print_json, print_pairs, print_table, say, seconds
 from durable_cli.run import place
 from durable_cli.session import Session, ask, connected, database_options
 
@@ -128,12 +128,23 @@ def _print_queues(states: Iterable[QueueState]) -> None:
             state.awaiting,
             seconds(state.oldest),
             state.workers,
+            state.concurrency,
+            paused(state),
         )
         for state in states
     ]
     print_table(
-        ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers"), rows, (*_NUMBERS, "oldest")
+        ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers", "set", "paused"),
+        rows,
+        (*_NUMBERS, "oldest", "set"),
     )
+
+
+def paused(state: QueueState) -> str:
+    """Since when a queue is paused, and why; empty when it is not."""
+    if state.paused_at is None:
+        return ""
+    return f"{cell(state.paused_at)}{f': {state.pause_reason}' if state.pause_reason else ''}"
 
 
 def _print_workers(states: Iterable[WorkerState]) -> None:

@@ -10,6 +10,7 @@ wake-up, and so that the supervisor needs no socket.
 * A claim that is to be terminated has its process killed (termination.py); a notification says when to look, and the
   poll finds those that were missed, or are entered later.
 * The supervisor reports each dead child with what it was running: its rows go back at once.
+* Orders (a queue paused, a command to end; orders.py) are looked for at each heartbeat and when a notification says so.
 * It promotes what is due and reaps, so that a missing beat costs about a second; GC only when no beat did it.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -32,12 +34,13 @@ from durable.runtime import identity
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
+from durable.runtime.orders import Orders
 from durable.runtime.reaper import reap
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
 from durable.storage import claims, maintenance, partitions, workers
 from durable.storage.session import describe
-from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, parse, queue_channel
+from durable.wakeups import ANY_QUEUE, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class Agent:
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
         self._known = [f"{task}:{version}" for task, version in app.definitions]
+        self._orders = Orders(self._link, self._queues, seats, bells)
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
         self._turn_of: dict[str, int] = {}
@@ -89,6 +93,7 @@ class Agent:
         self._look_again_at = now
         self._reap_at = now + conf.reconcile_interval
         self._terminate_at = now
+        self._orders_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
 
     def run(self) -> int:
@@ -143,16 +148,20 @@ class Agent:
         if now >= self._heartbeat_at:
             self._heartbeat()
             self._heartbeat_at = now + conf.heartbeat_interval
+            self._orders_at = now
         if self._deaths:
             self._hand_back()
         if self._listener.tend():
             # What came before is known to nobody here; the probe alone would see no row of an unknown task.
-            self._probe_at = now
+            self._probe_at = self._orders_at = now
             for queue in dict.fromkeys(self._queues):
                 self._ring(queue, 1, RESCAN)
         ping = self._listener.ping()
         if ping is not None:
             self._link.run(ping)
+        if now >= self._orders_at:
+            self._orders_at = math.inf
+            self._orders.look()
         if now >= self._reap_at and conf.reaper:
             self._reap()
         if now >= self._probe_at:
@@ -165,7 +174,7 @@ class Agent:
         self._wait()
 
     def _wait(self) -> None:
-        due = min(self._heartbeat_at, self._probe_at, self._terminate_at)
+        due = min(self._heartbeat_at, self._probe_at, self._terminate_at, self._orders_at)
         if self._deaths:
             due = min(due, time.monotonic() + 0.05)
         self._listen_until(due)
@@ -255,6 +264,9 @@ class Agent:
         if payload == TERMINATE:
             self._terminate_at = time.monotonic()
             return
+        if payload == ORDERS:
+            self._orders_at = time.monotonic()
+            return
         parsed = parse(payload)
         if parsed is None:
             log.debug("a notification that is not ours: %r", payload[:80])
@@ -281,8 +293,11 @@ class Agent:
                 self._seats.seat(index).hint(RESCAN)
 
     def _idle(self, queue: str) -> list[int]:
+        """Those to wake for a row: of a paused queue nobody."""
         return [
-            index for index, name in enumerate(self._queues) if name == queue and self._seats.seat(index).state == IDLE
+            index
+            for index, name in enumerate(self._queues)
+            if name == queue and (seat := self._seats.seat(index)).state == IDLE and not seat.paused
         ]
 
     def _ring(self, queue: str, count: int, flags: int) -> None:
@@ -337,7 +352,8 @@ class Agent:
             if waiting:
                 self._ring(queue, waiting, RESCAN)
         for queue in probe.suspects:
-            self._hint_suspect(queue)
+            if queue not in self._orders.paused:
+                self._hint_suspect(queue)
         if probe.due:
             for operation_of in (maintenance.promote, maintenance.time_out):
                 woken = self._link.run(operation_of(PROMOTE_BATCH))

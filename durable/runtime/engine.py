@@ -91,7 +91,7 @@ class Engine:
         )
         executor = Executor(app, coroutines, self._step_connections.begin)
         self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns, self._stopping)
-        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox)
+        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox, seat)
         self._held: dict[int, int] = {}
         self._worker = 0
         self._more = True
@@ -175,7 +175,7 @@ class Engine:
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
         waiting = [commit for commit in owned if commit.flushed is None]
-        if self._stopping():
+        if self._stopping() or self._seat.paused:
             for commit in waiting:
                 if commit.status == "executing":
                     commit.status = "runnable"  # nothing new begins here: somebody else takes the next step

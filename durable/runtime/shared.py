@@ -14,6 +14,7 @@ a child that dies leaves here what it was running.
     lost            a worker_id the agent found dead                                agent writes
     pid             of the child that sits here                                     supervisor writes
     hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
+    paused          whether the child's queue is                                    agent writes
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from dataclasses import dataclass
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
 
-_FIELDS = 10
-_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS = range(_FIELDS)
+_FIELDS = 11
+(_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS,
+ _PAUSED) = range(_FIELDS)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,14 @@ class Seat:
     @property
     def limit_at(self) -> float:
         return float(self._floats[self._base + _LIMIT_AT])
+
+    @property
+    def paused(self) -> bool:
+        return bool(self._integers[self._base + _PAUSED])
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._integers[self._base + _PAUSED] = int(value)
 
     def hint(self, flags: int) -> None:
         """Ask the child to look again; a hint that is overwritten by a race costs at most a second."""

@@ -75,7 +75,11 @@ class Detail(NamedTuple):
 
 
 class QueueState(NamedTuple):
-    """One queue: live instances by what they wait for, the oldest runnable one's age in seconds, worker processes."""
+    """One queue: live instances by what they wait for, the oldest runnable one's age in seconds, worker processes.
+
+    paused_at, pause_reason  None unless it is paused
+    concurrency              worker processes per command; None: as each command was started
+    """
 
     queue: str
     runnable: int
@@ -84,6 +88,9 @@ class QueueState(NamedTuple):
     awaiting: int
     oldest: float | None
     workers: int
+    paused_at: datetime | None = None
+    pause_reason: str | None = None
+    concurrency: int | None = None
 
 
 class WorkerState(NamedTuple):
@@ -149,7 +156,7 @@ def children_by_status(instance_id: int) -> Operation[dict[str, int]]:
 
 
 def queues() -> Operation[list[QueueState]]:
-    """Return every queue that has live instances or workers, by name."""
+    """Return every queue that has live instances, workers or orders, by name."""
     rows = yield "queues", {}
     return [QueueState(*row) for row in rows]
 

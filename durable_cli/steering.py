@@ -1,0 +1,54 @@
+"""`durable pause`, `resume`: orders for the cluster, kept in the database for workers that are down too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from durable.storage import control
+from durable.storage.session import Operation, run
+from durable_cli.output import print_json, say
+from durable_cli.session import Session, connected, database_options
+from durable_cli.values import QUEUE, REASON
+
+
+@click.command()
+@click.argument("queues", nargs=-1, required=True, metavar="QUEUE...", type=QUEUE)
+@click.option("--reason", type=REASON, help="Shown with the queue.")
+@database_options
+@click.pass_obj
+def pause(session: Session, queues: Sequence[str], reason: str | None) -> None:
+    """Have no step of these queues begin until they are resumed.
+
+    What runs goes on to its end; what is only claimed goes back to the queue.
+    """
+    _order(session, queues, lambda queue: control.pause(queue, reason), "paused", "paused already")
+
+
+@click.command()
+@click.argument("queues", nargs=-1, required=True, metavar="QUEUE...", type=QUEUE)
+@database_options
+@click.pass_obj
+def resume(session: Session, queues: Sequence[str]) -> None:
+    """Have paused queues worked off again."""
+    _order(session, queues, control.resume, "resumed", "not paused")
+
+
+def _order(
+    session: Session, queues: Sequence[str], order: Callable[[str], Operation[bool]], done: str, no_change: str
+) -> None:
+    app = session.database()
+    reports: list[dict[str, Any]] = []
+    with connected(app) as connection:
+        for queue in queues:
+            changed = run(connection, app.sql, order(queue))
+            reports.append({"queue": queue, "changed": changed, "outcome": done if changed else no_change})
+        for wakeup in app.wakeups.orders():
+            run(connection, app.sql, wakeup)
+    if session.as_json:
+        print_json(reports)
+        return
+    for report in reports:
+        say(f"{report['queue']}: {report['outcome']}")
