@@ -40,7 +40,7 @@ from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
 from durable.storage import claims, maintenance, partitions, workers
 from durable.storage.session import describe
-from durable.wakeups import ANY_QUEUE, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
+from durable.wakeups import ANY_QUEUE, INSPECT, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +264,9 @@ class Agent:
         if payload == TERMINATE:
             self._terminate_at = time.monotonic()
             return
+        if payload == INSPECT:
+            self._heartbeat_at = time.monotonic()
+            return
         if payload == ORDERS:
             self._orders_at = time.monotonic()
             return
@@ -329,7 +332,8 @@ class Agent:
         if not seated:
             return
         sent = time.monotonic()
-        alive = self._link.run(workers.heartbeat(list(seated), ttl))
+        entered = {worker: self._seats.seat(index).running(sent) for worker, index in seated.items()}
+        alive = self._link.run(workers.heartbeat(list(seated), ttl, entered))
         for worker, index in seated.items():
             seat = self._seats.seat(index)
             if seat.worker_id != worker:

@@ -145,9 +145,9 @@ class Engine:
     # Lease
 
     def _register(self) -> None:
-        before = time.monotonic()
-        ttl = self._app.conf.lease_ttl
-        me = identity.own("worker", self._name, self._queue, command=os.getppid())
+        before, ttl = time.monotonic(), self._app.conf.lease_ttl
+        tasks = [f"{task}:{version}" for task, version in (*self._app.tasks, *self._app.machines)]
+        me = identity.own("worker", self._name, self._queue, command=os.getppid(), tasks=tasks)
         while True:
             try:
                 self._worker = self._link.run(workers.register(me, ttl))

@@ -137,6 +137,11 @@ class Seat:
         instance_id = int(self._integers[self._base + _ENTERED_ID])
         return Entered(instance_id, int(self._integers[self._base + _ENTERED_TOKEN])) if instance_id else None
 
+    def running(self, now: float) -> list[tuple[int, int, float]]:
+        """What is being stepped: (id, token, seconds since it began) of each."""
+        entered = self.entered
+        return [] if entered is None else [(entered.id, entered.token, max(0.0, now - self.entered_at))]
+
     @property
     def entered_at(self) -> float:
         return float(self._floats[self._base + _ENTERED_AT])

@@ -110,6 +110,31 @@ class WorkerState(NamedTuple):
     busy: int
 
 
+class Held(NamedTuple):
+    """One claim of a worker process; `since` when its step runs, None when it only waits there, as of `told_at`."""
+
+    worker: str
+    host: str
+    pid: int
+    queue: str
+    id: int
+    task: str
+    step: str
+    attempt: int
+    since: datetime | None
+    told_at: datetime
+
+
+class Registered(NamedTuple):
+    """What a worker command serves and can run: queues, "name:version" of tasks and machines; `pid` the command's."""
+
+    worker: str
+    host: str
+    pid: int
+    queues: list[str]
+    tasks: list[str]
+
+
 class Totals(NamedTuple):
     """Status -> number of instances, a status without any is missing; and of which statuses it is no exact one."""
 
@@ -165,6 +190,24 @@ def processes() -> Operation[list[WorkerState]]:
     """Return the worker processes and beats whose lease nobody has ended, by kind and name."""
     rows = yield "workers", {}
     return [WorkerState(*row) for row in rows]
+
+
+def held_by_workers(worker: str | None) -> Operation[list[Held]]:
+    """Return every claim of the worker processes (of commands of one name, or None: of all), by process."""
+    rows = yield "held_by_workers", {"worker": worker}
+    return [Held(*row) for row in rows]
+
+
+def told_since(moment: datetime) -> Operation[bool]:
+    """Return whether every live worker process has told what it runs since then (the database's clock)."""
+    rows = yield "told_since", {"moment": moment}
+    return bool(rows[0][0])
+
+
+def registered(worker: str | None) -> Operation[list[Registered]]:
+    """Return what each live worker command (of one name, or None: every one) can run."""
+    rows = yield "registered", {"worker": worker}
+    return [Registered(*row) for row in rows]
 
 
 def totals() -> Operation[Totals]:
