@@ -19,11 +19,14 @@ RECENT = 5
 _NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "workers", "pid", "busy", "id")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @database_options
-@click.pass_obj
-def queues(session: Session) -> None:
-    """Show what waits and runs in each queue."""
+@click.pass_context
+def queues(ctx: click.Context) -> None:
+    """Show what waits and runs in each queue, or set how it is served."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session: Session = ctx.obj
     found = ask(session.database(), inspection.queues())
     if session.as_json:
         print_json([state._asdict() for state in found])

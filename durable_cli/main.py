@@ -121,6 +121,7 @@ for _command in (
     cluster.status, cluster.queues, cluster.workers, steering.pause, steering.resume, inspecting.inspect, completion,
 ):  # fmt: skip
     cli.add_command(_command)
+cluster.queues.add_command(steering.set_queue)
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""`durable pause`, `resume`: orders for the cluster, kept in the database for workers that are down too."""
+"""`durable pause`, `resume`, `queues set`: orders, kept in the database for workers that are down too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from durable.storage import control
 from durable.storage.session import Operation, run
 from durable_cli.output import print_json, say
 from durable_cli.session import Session, connected, database_options
-from durable_cli.values import QUEUE, REASON
+from durable_cli.values import CONCURRENCY, QUEUE, REASON
 
 
 @click.command()
@@ -34,6 +34,21 @@ def pause(session: Session, queues: Sequence[str], reason: str | None) -> None:
 def resume(session: Session, queues: Sequence[str]) -> None:
     """Have paused queues worked off again."""
     _order(session, queues, control.resume, "resumed", "not paused")
+
+
+@click.command("set")
+@click.argument("queues", nargs=-1, required=True, metavar="QUEUE...", type=QUEUE)
+@click.option(
+    "--concurrency", required=True, type=CONCURRENCY, metavar="N|auto",
+    help="Worker processes in each command that serves it; auto: as each was started.",
+)  # fmt: skip
+@database_options
+@click.pass_obj
+def set_queue(session: Session, queues: Sequence[str], concurrency: int | str) -> None:
+    """Give queues another number of worker processes, in commands that run and in those that start later."""
+    wanted = None if isinstance(concurrency, str) else concurrency
+    said = "as each command was started" if wanted is None else f"{wanted} processes per command"
+    _order(session, queues, lambda queue: control.set_concurrency(queue, wanted), said, f"{said} already")
 
 
 def _order(

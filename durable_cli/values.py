@@ -115,6 +115,22 @@ def _prefetch(text: str) -> str | int:
     return int(text)
 
 
+def _autoscale(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 1000:
+        raise ValueError(f"{validation.shown(text)} is no MIN,MAX with 1 <= MIN <= MAX <= 1000")
+    return int(match[1]), int(match[2])
+
+
+def concurrency(text: str) -> int | str:
+    """Accept a number of worker processes, or auto for as each command was started."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
+        raise ValueError(f"{validation.shown(text)} is neither auto nor a number of processes from 1 to 1000")
+    return int(text)
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12})(|KB|MB|GB|KiB|MiB|GiB)", text)
     if match is None or int(match[1]) < 1:
@@ -155,4 +171,6 @@ SIGNAL = Checked("name", _name)
 DEDUP_KEY = Checked("key", _dedup_key)
 BYTES = Checked("size", _bytes)
 PREFETCH = Checked("auto|n", _prefetch)
+AUTOSCALE = Checked("min,max", _autoscale)
+CONCURRENCY = Checked("n|auto", concurrency)
 NAME = Checked("name", _worker_name)

@@ -36,7 +36,8 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.orders import Orders
 from durable.runtime.reaper import reap
-from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
+from durable.runtime.ringing import Ringer
+from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
 from durable.storage import claims, maintenance, partitions, workers
 from durable.storage.session import describe
@@ -66,7 +67,14 @@ class Agent:
     """
 
     def __init__(
-        self, app: Durable, name: str, queues: Sequence[str], seats: SharedSeats, bells: Sequence[Bell], inbox: int
+        self,
+        app: Durable,
+        name: str,
+        queues: Sequence[str],
+        seats: SharedSeats,
+        bells: Sequence[Bell],
+        inbox: int,
+        autoscale: tuple[int, int] | None = None,
     ) -> None:
         self._app = app
         self._name = name
@@ -83,10 +91,12 @@ class Agent:
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
         self._known = [f"{task}:{version}" for task, version in app.definitions]
-        self._orders = Orders(self._link, self._queues, seats, bells)
+        self._orders = Orders(self._link, self._queues, seats, bells, autoscale)
+        ringer = Ringer(self._queues, seats, bells)
+        self._idle, self._ring = ringer.idle, ringer.ring
+        self._hint_busy, self._hint_suspect = ringer.hint_busy, ringer.hint_suspect
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
-        self._turn_of: dict[str, int] = {}
         now = time.monotonic()
         self._heartbeat_at = now
         self._probe_at = now
@@ -162,6 +172,7 @@ class Agent:
         if now >= self._orders_at:
             self._orders_at = math.inf
             self._orders.look()
+        self._orders.scale(now)
         if now >= self._reap_at and conf.reaper:
             self._reap()
         if now >= self._probe_at:
@@ -290,38 +301,6 @@ class Agent:
             self._look_again_at = time.monotonic() + LOOK_AGAIN
             self._probe_at = min(self._probe_at, self._look_again_at)
 
-    def _hint_busy(self, queue: str) -> None:
-        for index, name in enumerate(self._queues):
-            if name == queue:
-                self._seats.seat(index).hint(RESCAN)
-
-    def _idle(self, queue: str) -> list[int]:
-        """Those to wake for a row: of a paused queue nobody."""
-        return [
-            index
-            for index, name in enumerate(self._queues)
-            if name == queue and (seat := self._seats.seat(index)).state == IDLE and not seat.paused
-        ]
-
-    def _ring(self, queue: str, count: int, flags: int) -> None:
-        """Wake as many idle children of a queue as there are rows, a different one first each time."""
-        idle = self._idle(queue)
-        turn = self._turn_of.get(queue, 0)
-        self._turn_of[queue] = turn + 1
-        for offset in range(min(count, len(idle))):
-            index = idle[(turn + offset) % len(idle)]
-            if flags:
-                self._seats.seat(index).hint(flags)
-            self._bells[index].ring()
-
-    def _hint_suspect(self, queue: str) -> None:
-        """Have one child claim a suspect: an idle one, else a busy one, which lets its buffer run dry for it."""
-        seats = self._idle(queue) or [index for index, name in enumerate(self._queues) if name == queue]
-        index = seats[self._turn_of.get(queue, 0) % len(seats)]
-        self._turn_of[queue] = self._turn_of.get(queue, 0) + 1
-        self._seats.seat(index).hint(SUSPECT)
-        self._bells[index].ring()
-
     # On the clock
 
     def _heartbeat(self) -> None:
@@ -356,8 +335,7 @@ class Agent:
             if waiting:
                 self._ring(queue, waiting, RESCAN)
         for queue in probe.suspects:
-            if queue not in self._orders.paused:
-                self._hint_suspect(queue)
+            self._hint_suspect(queue)
         if probe.due:
             for operation_of in (maintenance.promote, maintenance.time_out):
                 woken = self._link.run(operation_of(PROMOTE_BATCH))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 STARTING, IDLE, BUSY = 0, 1, 2
@@ -40,19 +41,35 @@ class Entered:
 
 
 class SharedSeats:
-    """The memory itself; `seat(n)` is one child's part of it."""
+    """The memory itself; `seat(n)` is one child's part of it.
 
-    def __init__(self, count: int) -> None:
-        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1) * 8))
+    started  how many processes each queue starts with; how many it is to have is written here by the agent
+    bell     wakes the supervisor
+    """
+
+    def __init__(self, count: int, started: Sequence[int] = (1,)) -> None:
+        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1 + len(started)) * 8))
+        self.bell = Bell()
+        self.started = tuple(started)
         view = memoryview(self._memory)
         self._integers: memoryview[int] = view.cast("q")
         self._floats: memoryview[float] = view.cast("d")
         self._database_up = count * _FIELDS
         self.count = count
+        for queue, processes in enumerate(started):
+            self.want(queue, processes)
 
     def seat(self, index: int) -> Seat:
         """Return seat number `index`."""
         return Seat(self._integers, self._floats, index * _FIELDS)
+
+    def wanted(self, queue: int) -> int:
+        """How many processes a queue is to have, by its number."""
+        return int(self._integers[self._database_up + 1 + queue])
+
+    def want(self, queue: int, processes: int) -> None:
+        """Agent: have so many processes serve a queue; ring the bell then."""
+        self._integers[self._database_up + 1 + queue] = processes
 
     @property
     def database_up(self) -> bool:

@@ -13,6 +13,33 @@ UPDATE {schema}.queues SET paused_at = NULL, reason = NULL, updated_at = clock_t
 WHERE name = %(name)s AND paused_at IS NOT NULL
 RETURNING name;
 
+-- name: set_concurrency
+-- How many worker processes a queue gets from each command. Params: name text, concurrency int|null (as started).
+-- Rows: name, unless it was so already.
+INSERT INTO {schema}.queues AS q (name, concurrency) VALUES (%(name)s, %(concurrency)s)
+ON CONFLICT (name) DO UPDATE SET concurrency = excluded.concurrency, updated_at = clock_timestamp()
+WHERE q.concurrency IS DISTINCT FROM excluded.concurrency
+RETURNING q.name;
+
+-- name: concurrencies
+-- Queues with a number of processes of their own. Rows: name, concurrency.
+SELECT name, concurrency FROM {schema}.queues WHERE concurrency IS NOT NULL;
+
+-- name: oldest_waiting
+-- How long the oldest runnable row of a queue has waited: from one priority's first to the next's, by index.
+-- Params: queue text. Rows: seconds, null when none waits.
+WITH RECURSIVE heads (priority, eligible_at) AS (
+    (SELECT i.priority, i.eligible_at FROM {schema}.instances AS i
+     WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0
+     ORDER BY i.priority, i.eligible_at, i.id LIMIT 1)
+    UNION ALL
+    SELECT n.priority, n.eligible_at FROM heads AS h CROSS JOIN LATERAL (
+        SELECT i.priority, i.eligible_at FROM {schema}.instances AS i
+        WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0 AND i.priority > h.priority
+        ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS n
+)
+SELECT extract(epoch FROM clock_timestamp() - min(eligible_at))::float8 FROM heads;
+
 -- name: queue_orders
 -- What is ordered for the queues of a command. Params: queues text[]. Rows: name, paused, concurrency.
 SELECT q.name, q.paused_at IS NOT NULL, q.concurrency FROM {schema}.queues AS q WHERE q.name = ANY (%(queues)s::text[]);

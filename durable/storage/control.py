@@ -1,4 +1,4 @@
-"""Orders for the cluster, kept in the database: paused queues. SQL in sql/control.sql."""
+"""Orders for the cluster, kept in the database: paused queues, processes per queue. SQL in sql/control.sql."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ def pause(name: str, reason: str | None = None) -> Operation[bool]:
 def resume(name: str) -> Operation[bool]:
     """Have a queue claimed from again; False when it was not paused."""
     return bool((yield "resume_queue", {"name": name}))
+
+
+def set_concurrency(name: str, concurrency: int | None) -> Operation[bool]:
+    """Give a queue so many worker processes per command, None: as started; False when it was so already."""
+    return bool((yield "set_concurrency", {"name": name, "concurrency": concurrency}))
+
+
+def concurrencies() -> Operation[dict[str, int]]:
+    """Return queue -> worker processes per command, for queues of which that was set."""
+    return dict((yield "concurrencies", {}))
+
+
+def oldest_waiting(queue: str) -> Operation[float | None]:
+    """Return the age in seconds of the oldest runnable row of a queue, None when none waits."""
+    rows = yield "oldest_waiting", {"queue": queue}
+    return None if rows[0][0] is None else float(rows[0][0])
 
 
 def queue_orders(queues: Sequence[str]) -> Operation[dict[str, QueueOrders]]:

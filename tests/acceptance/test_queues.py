@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from durable import Durable
+from durable.storage import control
 from tests.fix_app import Command
 from tests.fix_db import wait_until
 
@@ -162,3 +163,74 @@ def test_idle_children_of_a_paused_queue_are_not_woken_for_what_waits_there(
         assert last() == before
     app.resume("default")
     wait_until(lambda: lines(done) == ["x"], what="the task")
+
+
+def set_concurrency(app: Durable, count: int | None, queue: str = "default") -> None:
+    """As `durable queues set` does."""
+    app.run(control.set_concurrency(queue, count))
+    for wakeup in app.wakeups.orders():
+        app.run(wakeup)
+
+
+def test_a_queues_processes_become_more_and_fewer_while_it_runs_and_no_step_is_cut_off(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command], statuses: Any, tmp_path: Path
+) -> None:
+    began, go = tmp_path / "began", tmp_path / "go"
+    worker = durable_worker("worker", "-c", "1", "-Q", "default,other", **SLOW_CLOCKS, DURABLE_DRAIN_TIMEOUT="0.1")
+    set_concurrency(app, 3)
+    results = [tasks["wait_for"].delay(str(began), str(go)) for _ in range(3)]
+    wait_until(lambda: len(set(lines(began))) == 3, what="three at once")
+    assert len(worker.children("durable:default")) == 3
+    assert len(worker.children("durable:other")) == 1
+
+    set_concurrency(app, 1)
+    wait_until(lambda: "1 worker processes instead of 3" in worker.output(), what="the order")
+    time.sleep(0.5)  # longer than a drain may take
+    assert len(worker.children("durable:default")) == 3
+    go.touch()
+    assert {result.get(timeout=20) for result in results} == set(map(int, lines(began)))
+    wait_until(lambda: len(worker.children("durable:default")) == 1, what="two to end")
+    set_concurrency(app, None)
+    assert tasks["wait_for"].delay(str(began), str(go)).get(timeout=20)
+    assert worker.stop() == 0
+
+
+def test_a_number_that_is_set_holds_for_commands_that_start_later_beyond_their_spare_places_too(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command]
+) -> None:
+    set_concurrency(app, 20)
+    worker = durable_worker("worker", "-c", "1")
+    wait_until(lambda: len(worker.children("durable:default")) == 20, what="twenty processes")
+    set_concurrency(app, None)
+    wait_until(lambda: len(worker.children("durable:default")) == 1, what="one again")
+    assert worker.stop() == 0
+
+
+def test_autoscale_adds_processes_while_work_waits_and_not_while_it_does_not(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command], tmp_path: Path
+) -> None:
+    began, go = tmp_path / "began", tmp_path / "go"
+    worker = durable_worker("worker", "--autoscale", "1,3")
+    wait_until(lambda: len(worker.children("durable:default")) == 1, what="the fewest")
+    results = [tasks["wait_for"].delay(str(began), str(go)) for _ in range(5)]
+    wait_until(lambda: len(set(lines(began))) == 3, what="the most at once")
+    assert len(worker.children("durable:default")) == 3
+    go.touch()
+    for result in results:
+        result.get(timeout=20)
+    wait_until(lambda: "2 worker processes instead of 3" in worker.output(), 30, what="one fewer when all are idle")
+
+
+def test_a_child_that_dies_at_once_is_not_replaced_faster_for_spare_places(
+    app: Durable, tasks_module: Callable[[str], Path], durable_worker: Callable[..., Command]
+) -> None:
+    tasks_module("""
+        import os, threading, time
+        from durable.runtime import child
+        child.soft_limit.install = lambda: os._exit(9)
+    """)
+    worker = durable_worker("worker", "-c", "1", wait=False)
+    wait_until(lambda: worker.output().count("exited with code 9") >= 3, what="three deaths")
+    counted = worker.output().count("exited with code 9")
+    time.sleep(1.0)  # the pauses grow: 0.2, 0.4, 0.8 s
+    assert worker.output().count("exited with code 9") <= counted + 3

@@ -46,3 +46,26 @@ def test_wrong_queues_and_a_database_away_are_one_line(
     ran = durable(command, "default", "--dsn", NO_SERVER)
     assert ran.code != 0
     assert "sesame" not in ran.error
+
+
+def test_a_queues_concurrency_is_set_shown_and_left_to_each_command_again(durable: Callable[..., Ran]) -> None:
+    assert durable("queues", "set", "default", "--concurrency", "7").out == "default: 7 processes per command\n"
+    assert "already" in durable("queues", "set", "default", "--concurrency", "7").out
+    (state,) = durable("queues", "--json").json
+    assert (state["queue"], state["concurrency"], state["paused_at"]) == ("default", 7, None)
+    assert "SET" in durable("queues").out
+    assert durable("queues", "set", "default", "--concurrency", "auto").out == "default: as each command was started\n"
+    assert durable("queues", "--json").json == []
+
+
+@pytest.mark.parametrize("wrong", ["0", "1001", "-1", "many", ""])
+def test_a_wrong_concurrency_is_refused(durable: Callable[..., Ran], wrong: str) -> None:
+    ran = durable("queues", "set", "default", "--concurrency", wrong)
+    assert (ran.code, "Error" in ran.err) == (2, True)
+    assert durable("queues", "--json").json == []
+
+
+@pytest.mark.parametrize("wrong", ["3", "3,2", "0,2", "1,1001", "a,b", "1,2,3"])
+def test_a_wrong_autoscale_is_refused_before_anything_starts(durable: Callable[..., Ran], wrong: str) -> None:
+    ran = durable("worker", "--autoscale", wrong)
+    assert (ran.code, "--autoscale" in ran.err) == (2, True)
