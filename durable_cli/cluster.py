@@ -36,11 +36,14 @@ def queues(ctx: click.Context) -> None:
         say("no queue has instances or workers")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @database_options
-@click.pass_obj
-def workers(session: Session) -> None:
-    """Show worker processes and beats."""
+@click.pass_context
+def workers(ctx: click.Context) -> None:
+    """Show worker processes and beats, or ask worker commands to end."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session: Session = ctx.obj
     found = ask(session.database(), inspection.processes())
     if session.as_json:
         print_json([state._asdict() for state in found])

@@ -122,6 +122,8 @@ for _command in (
 ):  # fmt: skip
     cli.add_command(_command)
 cluster.queues.add_command(steering.set_queue)
+cluster.workers.add_command(steering.stop)
+cluster.workers.add_command(steering.reload)
 
 
 def main() -> NoReturn:

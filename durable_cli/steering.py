@@ -1,4 +1,4 @@
-"""`durable pause`, `resume`, `queues set`: orders, kept in the database for workers that are down too."""
+"""`durable pause`, `resume`, `queues set`, `workers stop`, `workers reload`: orders, kept in the database."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import click
 
 from durable.storage import control
 from durable.storage.session import Operation, run
+from durable_cli.exits import CommandError
 from durable_cli.output import print_json, say
 from durable_cli.session import Session, connected, database_options
-from durable_cli.values import CONCURRENCY, QUEUE, REASON
+from durable_cli.values import CONCURRENCY, NAME, QUEUE, REASON
 
 
 @click.command()
@@ -49,6 +50,39 @@ def set_queue(session: Session, queues: Sequence[str], concurrency: int | str) -
     wanted = None if isinstance(concurrency, str) else concurrency
     said = "as each command was started" if wanted is None else f"{wanted} processes per command"
     _order(session, queues, lambda queue: control.set_concurrency(queue, wanted), said, f"{said} already")
+
+
+@click.command()
+@click.argument("name", type=NAME)
+@database_options
+@click.pass_obj
+def stop(session: Session, name: str) -> None:
+    """Ask the worker commands of a name, on whatever host, to drain and end, as SIGTERM does."""
+    _ask(session, name, "stop")
+
+
+@click.command()
+@click.argument("name", type=NAME)
+@database_options
+@click.pass_obj
+def reload(session: Session, name: str) -> None:
+    """Ask the worker commands of a name, on whatever host, to drain and start afresh, as SIGHUP does."""
+    _ask(session, name, "reload")
+
+
+def _ask(session: Session, name: str, what: str) -> None:
+    app = session.database()
+    with connected(app) as connection:
+        asked = run(connection, app.sql, control.ask(name, what))
+        for wakeup in app.wakeups.orders():
+            run(connection, app.sql, wakeup)
+    if not asked:
+        raise CommandError(f"no worker of the name {name!r} is alive; `durable workers` shows their names")
+    if session.as_json:
+        print_json([{"worker": name, "host": host, "pid": pid, "asked": what} for host, pid in asked])
+        return
+    for host, pid in asked:
+        say(f"{name} (pid {pid} on {host}) is asked to {what}")
 
 
 def _order(

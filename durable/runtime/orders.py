@@ -1,4 +1,5 @@
-"""What the database orders a command to do, as its agent finds and passes it on: paused queues, processes per queue.
+"""What the database orders a command to do, as its agent finds and passes it on: paused queues, processes per queue,
+an end of the command itself.
 
 A paused queue: the claims themselves look at the database, so that nothing here decides what is run. The queue's
 children are told so that they give back what they have only buffered, and sleep instead of asking in vain.
@@ -10,9 +11,12 @@ with. The supervisor, which can't ask, finds it in shared memory.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections.abc import Sequence
 
+from durable.runtime import identity
 from durable.runtime.autoscale import Autoscale
 from durable.runtime.link import Link
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
@@ -21,6 +25,7 @@ from durable.storage import control
 log = logging.getLogger(__name__)
 
 SCALE_EVERY = 1.0
+_SIGNALS = {"stop": signal.SIGTERM, "reload": signal.SIGHUP}
 
 
 class Orders:
@@ -51,7 +56,14 @@ class Orders:
 
     def look(self) -> None:
         """Read the orders and pass them on. Raises psycopg.Error."""
-        found = self._link.run(control.queue_orders(self._names))
+        command = identity.own("worker", "", command=os.getppid())
+        found, asked = self._link.run(control.orders(self._names, command))
+        if asked is not None:
+            # First forgotten: after a reload it is the same process, which would reload again.
+            self._link.run(control.forget_asked(command))
+            log.warning("this worker is asked to %s", asked)
+            self._seats.ask(_SIGNALS[asked])
+            self._seats.bell.ring()
         self._pause({queue for queue, orders in found.items() if orders.paused})
         for number, queue in enumerate(self._names):
             ordered = found[queue].concurrency

@@ -48,7 +48,7 @@ class SharedSeats:
     """
 
     def __init__(self, count: int, started: Sequence[int] = (1,)) -> None:
-        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1 + len(started)) * 8))
+        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 2 + len(started)) * 8))
         self.bell = Bell()
         self.started = tuple(started)
         view = memoryview(self._memory)
@@ -65,11 +65,22 @@ class SharedSeats:
 
     def wanted(self, queue: int) -> int:
         """How many processes a queue is to have, by its number."""
-        return int(self._integers[self._database_up + 1 + queue])
+        return int(self._integers[self._database_up + 2 + queue])
 
     def want(self, queue: int, processes: int) -> None:
         """Agent: have so many processes serve a queue; ring the bell then."""
-        self._integers[self._database_up + 1 + queue] = processes
+        self._integers[self._database_up + 2 + queue] = processes
+
+    def ask(self, signal: int) -> None:
+        """Agent: have the supervisor do as if it had got a signal; ring the bell then."""
+        self._integers[self._database_up + 1] = signal
+
+    def take_asked(self) -> int:
+        """Supervisor: the signal asked for since the last call, 0 for none."""
+        signal = int(self._integers[self._database_up + 1])
+        if signal:
+            self._integers[self._database_up + 1] = 0
+        return signal
 
     @property
     def database_up(self) -> bool:

@@ -139,6 +139,11 @@ class Supervisor:
         self._waker.silence()
         while self._signals:
             self._take_signal(self._signals.pop(0))
+        asked = self._seats.take_asked()
+        if asked and self._draining is None:
+            self._take_signal(asked)
+        elif asked == signal.SIGTERM:
+            self._reload = False  # it ends already, and is to stay away
         self._collect_dead()
         self._kill_overdue()
         if self._time_limits:

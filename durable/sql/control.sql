@@ -41,5 +41,25 @@ WITH RECURSIVE heads (priority, eligible_at) AS (
 SELECT extract(epoch FROM clock_timestamp() - min(eligible_at))::float8 FROM heads;
 
 -- name: queue_orders
--- What is ordered for the queues of a command. Params: queues text[]. Rows: name, paused, concurrency.
-SELECT q.name, q.paused_at IS NOT NULL, q.concurrency FROM {schema}.queues AS q WHERE q.name = ANY (%(queues)s::text[]);
+-- What is ordered for the queues of a command, and what it is itself asked to do.
+-- Params: queues text[]; host, boot_id, command_start text; command_pid int. Rows: name, paused, concurrency, asked.
+SELECT n.name, q.paused_at IS NOT NULL, q.concurrency,
+       (SELECT max(w.asked) FROM {schema}.workers AS w
+        WHERE w.asked IS NOT NULL
+          AND (w.host, w.boot_id, w.command_pid, w.command_start)
+              = (%(host)s, %(boot_id)s, %(command_pid)s::int, %(command_start)s))
+FROM unnest(%(queues)s::text[]) AS n (name) LEFT JOIN {schema}.queues AS q ON q.name = n.name;
+
+-- name: ask_command
+-- Ask the live worker commands of a name for something. Params: name, asked text. Rows: host, command_pid of each process.
+UPDATE {schema}.workers SET asked = %(asked)s
+WHERE name = %(name)s AND kind = 'worker' AND dead_at IS NULL AND expires_at > clock_timestamp()
+RETURNING host, command_pid;
+
+-- name: forget_asked
+-- A command has heard what it was asked: the same program may go on under the same pid.
+-- Params: host, boot_id, command_start text; command_pid int.
+UPDATE {schema}.workers SET asked = NULL
+WHERE asked IS NOT NULL
+  AND (host, boot_id, command_pid, command_start)
+      = (%(host)s, %(boot_id)s, %(command_pid)s::int, %(command_start)s);

@@ -1,12 +1,17 @@
-"""Orders for the cluster, kept in the database: paused queues, processes per queue. SQL in sql/control.sql."""
+"""Orders for the cluster, kept in the database: paused queues, processes per queue, commands asked to end.
+
+SQL in sql/control.sql.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from durable.storage.arrays import TextArray
 from durable.storage.session import Operation
+from durable.storage.workers import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,30 @@ def oldest_waiting(queue: str) -> Operation[float | None]:
     return None if rows[0][0] is None else float(rows[0][0])
 
 
-def queue_orders(queues: Sequence[str]) -> Operation[dict[str, QueueOrders]]:
-    """Return what is ordered for each of these queues."""
-    rows = yield "queue_orders", {"queues": TextArray(queues)}
-    found = {row[0]: QueueOrders(row[1], row[2]) for row in rows}
-    return {queue: found.get(queue, QueueOrders()) for queue in queues}
+def orders(queues: Sequence[str], command: Identity) -> Operation[tuple[dict[str, QueueOrders], str | None]]:
+    """Return what is ordered for each of these queues, and what the command is asked: stop, reload or None.
+
+    command  any process of it
+    """
+    rows = yield "queue_orders", {"queues": TextArray(queues), **_command(command)}
+    return {row[0]: QueueOrders(row[1], row[2]) for row in rows}, next((row[3] for row in rows), None)
+
+
+def ask(name: str, asked: str) -> Operation[list[tuple[str, int]]]:
+    """Ask the live worker commands of a name to `stop` or `reload`; return host and pid of each."""
+    rows = yield "ask_command", {"name": name, "asked": asked}
+    return sorted({(row[0], row[1]) for row in rows})
+
+
+def forget_asked(command: Identity) -> Operation[None]:
+    """Note that a command has heard what it was asked."""
+    yield "forget_asked", _command(command)
+
+
+def _command(command: Identity) -> dict[str, Any]:
+    return {
+        "host": command.host,
+        "boot_id": command.boot_id,
+        "command_pid": command.command_pid,
+        "command_start": command.command_start,
+    }

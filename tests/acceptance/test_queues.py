@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,3 +235,45 @@ def test_a_child_that_dies_at_once_is_not_replaced_faster_for_spare_places(
     counted = worker.output().count("exited with code 9")
     time.sleep(1.0)  # the pauses grow: 0.2, 0.4, 0.8 s
     assert worker.output().count("exited with code 9") <= counted + 3
+
+
+def ask(app: Durable, what: str) -> list[tuple[str, int]]:
+    """As `durable workers stop` and `reload` do."""
+    asked = app.run(control.ask("me", what))
+    for wakeup in app.wakeups.orders():
+        app.run(wakeup)
+    return asked
+
+
+def test_a_command_that_is_asked_reloads_once_and_then_stops(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command], tmp_path: Path
+) -> None:
+    worker = durable_worker("worker", "-c", "1", "-n", "me", **SLOW_CLOCKS)
+    done = tmp_path / "done"
+    tasks["mark"].delay(str(done), "before").get(timeout=20)
+    first = worker.children("durable:default")
+    assert ask(app, "reload") == [(os.uname().nodename, worker.pid)]
+    wait_until(lambda: "starts afresh" in worker.output(), what="the reload")
+    tasks["mark"].delay(str(done), "after").get(timeout=20)
+    assert worker.children("durable:default") != first
+    assert ask(app, "stop") == [(os.uname().nodename, worker.pid)]
+    assert worker.process.wait(20) == 0
+    assert worker.output().count("starts afresh") == 1
+    assert lines(done) == ["before", "after"]
+
+
+def test_asking_twice_to_stop_cuts_no_step_off(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command], tmp_path: Path
+) -> None:
+    began, go = tmp_path / "began", tmp_path / "go"
+    worker = durable_worker("worker", "-c", "1", "-n", "me", **SLOW_CLOCKS)
+    result = tasks["wait_for"].delay(str(began), str(go))
+    wait_until(lambda: lines(began), what="the step")
+    ask(app, "reload")
+    wait_until(lambda: "asked to reload" in worker.output(), what="the first")
+    ask(app, "stop")
+    wait_until(lambda: "asked to stop" in worker.output(), what="the second")
+    go.touch()
+    assert worker.process.wait(20) == 0
+    assert (result.status, len(lines(began))) == ("done", 1)
+    assert "starts afresh" not in worker.output()

@@ -69,3 +69,10 @@ def test_a_wrong_concurrency_is_refused(durable: Callable[..., Ran], wrong: str)
 def test_a_wrong_autoscale_is_refused_before_anything_starts(durable: Callable[..., Ran], wrong: str) -> None:
     ran = durable("worker", "--autoscale", wrong)
     assert (ran.code, "--autoscale" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("what", ["stop", "reload"])
+def test_a_worker_that_is_not_there_cannot_be_asked(durable: Callable[..., Ran], what: str) -> None:
+    ran = durable("workers", what, "nobody@nowhere")
+    assert (ran.code, "no worker of the name 'nobody@nowhere' is alive" in ran.error) == (1, True)
+    assert durable("workers", what).code == 2

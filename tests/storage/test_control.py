@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from durable import Durable
 from durable.errors import ValidationError
-from durable.storage import claims, control, inspection, maintenance
+from durable.storage import claims, control, inspection, maintenance, workers
 from durable.storage.control import QueueOrders
+from durable.storage.workers import Identity
 from tests.fix_rows import Rows, done
+
+HERE = Identity("worker", "me", "host", "boot", 1, 2, "start", "a")
 
 
 def test_nothing_is_claimed_from_a_paused_queue_and_everything_from_its_neighbour(rows: Rows) -> None:
@@ -69,7 +73,25 @@ def test_pausing_twice_keeps_the_first_moment_and_reason(rows: Rows) -> None:
 
 def test_a_queue_nobody_gave_orders_for_has_none(rows: Rows) -> None:
     rows.run(control.pause("b"))
-    assert rows.run(control.queue_orders(["a", "b"])) == {"a": QueueOrders(), "b": QueueOrders(paused=True)}
+    rows.run(control.set_concurrency("b", 3))
+    expected = {"a": QueueOrders(), "b": QueueOrders(paused=True, concurrency=3)}
+    assert rows.run(control.orders(["a", "b"], HERE)) == (expected, None)
+
+
+def test_only_the_command_that_is_asked_hears_of_it_and_once(rows: Rows) -> None:
+    mine, other = rows.run(workers.register(HERE, 600)), replace(HERE, name="other", command_pid=7)
+    rows.run(workers.register(replace(HERE, pid=9), 600))
+    rows.run(workers.register(other, 600))
+    rows.run(workers.register(replace(HERE, command_pid=8), -1))
+    assert rows.run(control.ask("nobody", "stop")) == []
+    assert rows.run(control.ask("me", "reload")) == [("host", 2)]
+    assert rows.run(control.orders(["a"], other))[1] is None
+    rows.bury(mine)  # a process that was replaced since: the command has heard all the same
+    assert rows.run(control.orders(["a"], HERE))[1] == "reload"
+    rows.run(control.ask("me", "stop"))
+    assert rows.run(control.orders(["a"], HERE))[1] == "stop", "the last word is to end"
+    rows.run(control.forget_asked(HERE))
+    assert rows.run(control.orders(["a"], HERE))[1] is None
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
