@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import click
 
@@ -11,12 +10,13 @@ from durable.instance import STATUSES
 from durable.storage import inspection
 from durable.storage.inspection import QueueState, Totals, WorkerState
 from durable.storage.session import run
-from durable_cli.output import cell, error_line, heading, print_json, print_pairs, print_table, say, seconds
+from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say
 from durable_cli.run import place
 from durable_cli.session import Session, ask, connected, database_options
+from durable_cli.values import INTERVAL
+from durable_cli.watching import NUMBERS, QUEUE_COLUMNS, RECENT, queue_rows, watch
 
-RECENT = 5
-_NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "workers", "pid", "busy", "id")
+_WORKER_NUMBERS = ("pid", "busy", "id")
 
 
 @click.group(invoke_without_command=True)
@@ -54,11 +54,18 @@ def workers(ctx: click.Context) -> None:
 
 
 @click.command()
+@click.option(
+    "--watch", "interval", is_flag=False, flag_value="2", type=INTERVAL, metavar="[SECONDS]",
+    help="Go on looking: a live page, or with --json or no terminal one JSON document a line.",
+)  # fmt: skip
 @database_options
 @click.pass_obj
-def status(session: Session) -> None:
+def status(session: Session, interval: float | None) -> None:
     """Show one page on everything."""
     app = session.database()
+    if interval is not None:
+        watch(session, app, interval)
+        return
     with connected(app) as connection:
         facts = run(connection, app.sql, inspection.server())
         totals = run(connection, app.sql, inspection.totals())
@@ -125,32 +132,7 @@ def _commands(states: Iterable[WorkerState]) -> str:
 
 
 def _print_queues(states: Iterable[QueueState]) -> None:
-    rows: list[tuple[Any, ...]] = [
-        (
-            state.queue,
-            state.runnable,
-            state.scheduled,
-            state.executing,
-            state.awaiting,
-            seconds(state.oldest),
-            state.workers,
-            state.concurrency,
-            paused(state),
-        )
-        for state in states
-    ]
-    print_table(
-        ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers", "set", "paused"),
-        rows,
-        (*_NUMBERS, "oldest", "set"),
-    )
-
-
-def paused(state: QueueState) -> str:
-    """Since when a queue is paused, and why; empty when it is not."""
-    if state.paused_at is None:
-        return ""
-    return f"{cell(state.paused_at)}{f': {state.pause_reason}' if state.pause_reason else ''}"
+    print_table(QUEUE_COLUMNS, queue_rows(states), NUMBERS)
 
 
 def _print_workers(states: Iterable[WorkerState]) -> None:
@@ -168,4 +150,4 @@ def _print_workers(states: Iterable[WorkerState]) -> None:
         )
         for state in states
     ]
-    print_table(("id", "kind", "name", "host", "pid", "queue", "busy", "started", "alive"), rows, _NUMBERS)
+    print_table(("id", "kind", "name", "host", "pid", "queue", "busy", "started", "alive"), rows, _WORKER_NUMBERS)

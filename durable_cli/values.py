@@ -67,6 +67,13 @@ def _seconds(text: str) -> float:
         raise ValueError(f"{validation.shown(text)} is no number of seconds from 0 to ten years") from None
 
 
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if not 0.1 <= value <= 3600:
+        raise ValueError(f"{validation.shown(text)} is no interval from 0.1 to 3600 seconds")
+    return value
+
+
 def _moment(text: str) -> datetime:
     try:
         value = datetime.fromisoformat(text)
@@ -162,6 +169,7 @@ QUEUE = Checked("queue", validation.queue)
 KEY = Checked("key", lambda text: validation.text(text, "a correlation key"))
 REASON = Checked("text", lambda text: validation.text(text, "the reason", 16_384))
 SECONDS = Checked("seconds", _seconds)
+INTERVAL = Checked("seconds", _interval)
 MOMENT = Checked("time", _moment)
 SECONDS_OR_MOMENT = Checked("seconds or time", _seconds_or_moment)
 JSON_ARRAY = Checked("json", _json(list, "a JSON array like '[1, \"two\"]'"))

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from durable.storage import instances
 from durable.storage.session import Operation
 
+BLOCKS_BEFORE = 1024
+"""Blocks before the end of the history into which sessions may still write: each extends it by some at a time."""
 COUNT_MOST = 100_000
 """Finished instances of one status that are counted, which takes some 30 ms."""
 
@@ -152,6 +154,14 @@ class Failure(NamedTuple):
     error: dict[str, Any] | None
 
 
+class HistoryEnd(NamedTuple):
+    """A moment half a second ago, its day (UTC), and the block with which that day's history ended."""
+
+    at: datetime
+    day: str
+    block: int
+
+
 class ServerFacts(NamedTuple):
     """The database server, as seen from a session in it."""
 
@@ -232,6 +242,18 @@ def recent_failures(limit: int) -> Operation[list[Failure]]:
     """Return the latest failures of the last day, newest first."""
     rows = yield "recent_failures", {"limit": limit}
     return [Failure(*row) for row in rows]
+
+
+def history_end() -> Operation[HistoryEnd]:
+    """Return where the history ends, to be compared with later."""
+    rows = yield "history_end", {}
+    return HistoryEnd(*rows[0])
+
+
+def finished_between(since: HistoryEnd, until: HistoryEnd) -> Operation[dict[str, int]]:
+    """Return queue -> instances that finished between two looks on one day; reads no more than was written since."""
+    block = max(0, since.block - BLOCKS_BEFORE)
+    return dict((yield "finished_between", {"since": since.at, "until": until.at, "block": block}))
 
 
 def server() -> Operation[ServerFacts]:
