@@ -1,5 +1,6 @@
 """durable: tasks and state machines that survive, on nothing but Postgres."""
 
+from durable import telemetry
 from durable._version import __version__
 from durable.app import Durable
 from durable.context import Child, Context, Signal
@@ -7,6 +8,7 @@ from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTi
 from durable.machine import Machine, step
 from durable.outcomes import Await, Cancel, Done, Next, Retry, ScheduleChildren, SoftTimeLimitExceeded, Stop
 from durable.result import AsyncResult
+from durable.schedules import crontab, every
 from durable.signatures import Signature, chain, chord, group, signature
 from durable.task import Task
 
@@ -36,7 +38,10 @@ __all__ = [
     "__version__",
     "chain",
     "chord",
+    "crontab",
+    "every",
     "group",
     "signature",
     "step",
+    "telemetry",
 ]

@@ -84,6 +84,12 @@ def _words(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _mapping_or_none(name: str, value: Any) -> Mapping[str, Any] | None:
+    if value is not None and (not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value)):
+        raise ConfigError(f"{name} must map names to entries, and is given in code; got {shown(value)}")
+    return value
+
+
 def _word(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must be a name, got {shown(value)}")
@@ -136,6 +142,9 @@ class Config:
     max_memory_per_child: int | None = _setting(
         None, _count_or_none, "resident bytes beyond which a worker process is replaced after its step"
     )
+    beat_schedule: Mapping[str, Any] | None = _setting(
+        None, _mapping_or_none, "periodic work as Celery writes it: name -> {task, schedule, args, kwargs, options}"
+    )
     drain_timeout: float = _setting(10.0, _seconds_or_zero, "seconds that running steps get to end at shutdown")
     flush_batch: int = _setting(200, _count, "most outcomes in one commit")
     flush_delay: float = _setting(0.002, _seconds_or_zero, "longest wait in seconds for more outcomes while steps run")
@@ -159,6 +168,7 @@ class Config:
     listen_dsn: str | None = _setting(
         None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling"
     )
+    log_payloads: bool = _setting(False, _flag, "whether workers log the arguments of each step, at level debug")
     notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
     task_always_eager: bool = _setting(False, _flag, "whether delay() runs the task here and now, without a database")
     task_eager_propagates: bool = _setting(False, _flag, "whether an eager task's exception comes out of delay()")

@@ -226,7 +226,7 @@ class Eager:
         return EagerResult(end, self._app, parts)
 
 
-def _no_connection() -> Transaction:
+def _no_connection(_claimed: Claimed, _is_async: bool) -> Transaction:
     raise ConnectionUsageError("ctx.connection needs a database: with task_always_eager there is none")
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from durable import tracing
+
 STATUSES = (
     "scheduled",
     "runnable",
@@ -52,6 +54,12 @@ class NewInstance:
     parent_round: int | None = None
     on_conflict: str = "raise"
     """What an occupied correlation key means: "raise" DuplicateError, or "return" whoever occupies it."""
+    trace: str | None = None
+    """The trace context it is inserted in, when something traces."""
+
+    def __post_init__(self) -> None:
+        if self.trace is None:
+            self.trace = tracing.context("insert", self.machine)
 
 
 class Claimed(NamedTuple):
@@ -79,6 +87,7 @@ class Claimed(NamedTuple):
     inbox: bool = False
     awaits: Sequence[str] | None = None
     parent_round: int | None = None
+    trace: str | None = None
     signals: Sequence[StoredSignal] = ()
     """The inbox, loaded after the claim when `inbox` says there may be one."""
 
@@ -96,6 +105,7 @@ class StoredSignal(NamedTuple):
     payload_type: str
     payload: bytes
     created_at: datetime
+    trace: str | None = None
 
 
 @dataclass(slots=True)
@@ -106,6 +116,12 @@ class NewSignal:
     name: str
     payload: Payload
     dedup_key: str | None = None
+    trace: str | None = None
+    """The trace context it is sent in, when something traces."""
+
+    def __post_init__(self) -> None:
+        if self.trace is None:
+            self.trace = tracing.context("signal", self.name)
 
 
 class Snapshot(NamedTuple):

@@ -14,6 +14,7 @@ from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
 from durable.instance import NewInstance
 from durable.machine import Machine, MachineDefinition, MachineOptions
+from durable.periodic import PeriodicWork
 from durable.result import AsyncResult
 from durable.retry import Backoff, RetryPolicy, default_backoff
 from durable.signatures import Signature, signature
@@ -24,7 +25,7 @@ R = TypeVar("R")
 
 
 class TaskArguments(TypedDict, total=False):
-    """Options of `@app.task`; the last eleven under their names in Celery."""
+    """Options of `@app.task`; from `autoretry_for` on under their names in Celery."""
 
     name: str
     queue: str
@@ -85,10 +86,11 @@ class BoundTaskDecorator(Protocol):
     def __call__(self, function: Callable[Concatenate[Context, P], R], /) -> Task[P, R]: ...
 
 
-class Registry:
+class Registry(PeriodicWork):
     """Tasks by name and version. The three functions are what its tasks encode and submit with."""
 
     def __init__(self, encode: Encode, submit: Submit, asubmit: ASubmit) -> None:
+        super().__init__()
         self.definitions: dict[tuple[str, int], Definition] = canvas.built_ins(encode, submit, asubmit)
         self._task_functions = (encode, submit, asubmit)
 

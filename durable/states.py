@@ -50,7 +50,7 @@ class StateType:
         try:
             return self._load(data)
         except (msgspec.ValidationError, ValueError, TypeError) as error:
-            raise ValidationError(f"state of {self._machine}: {error}") from error
+            raise ValidationError(f"state of {self._machine}: {_without_values(error)}") from error
 
     def dump(self, state: Any) -> Any:
         """Return plain data for a state object. Raises ValidationError for a state of another type."""
@@ -73,6 +73,15 @@ def _plain(state: Any) -> Any:
     if not isinstance(state, dict):
         raise TypeError(f"expected a dict, got {type(state).__name__}")
     return state
+
+
+def _without_values(error: Exception) -> str:
+    """Return what is wrong with a state. pydantic's own text quotes the values, which must not get into a log."""
+    module = sys.modules.get("pydantic")
+    if module is None or not isinstance(error, module.ValidationError):
+        return str(error)
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(f"{entry['msg']} - at `$.{'.'.join(map(str, entry['loc']))}`" for entry in found)
 
 
 def _is_pydantic(type_: type[Any]) -> bool:

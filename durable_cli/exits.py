@@ -24,6 +24,9 @@ USAGE = 2
 """The command line is wrong; nothing was done."""
 CONFIG = 3
 """The app, the DSN, the database or the schema is not as it must be; nothing was done."""
+HEALTHY = 0
+UNHEALTHY = 1
+"""What `healthcheck` ends with: no worker, a silent or stuck one, no database. Container runtimes know these two."""
 INTERRUPTED = 130
 
 _USAGE_ERRORS = (ValidationError, UnknownTaskError)

@@ -16,7 +16,19 @@ import click
 from click.shell_completion import get_completion_class
 
 from durable import __version__
-from durable_cli import cancelling, cluster, database, inspecting, instances, retrying, run, server, steering
+from durable_cli import (
+    cancelling,
+    cluster,
+    database,
+    health,
+    inspecting,
+    instances,
+    retrying,
+    run,
+    schedules,
+    server,
+    steering,
+)
 from durable_cli.exits import EXPECTED, FAILED, INTERRUPTED, OK, explain
 from durable_cli.output import clean, scrub
 from durable_cli.session import Session, app_option, debug_option
@@ -118,7 +130,8 @@ for _command in (
     run.worker, run.beat, database.migrate, server.server, demo,
     instances.call, instances.signal, instances.result, instances.show, instances.list_, cancelling.cancel,
     retrying.retry, instances.purge,
-    cluster.status, cluster.queues, cluster.workers, steering.pause, steering.resume, inspecting.inspect, completion,
+    cluster.status, cluster.queues, cluster.workers, steering.pause, steering.resume, inspecting.inspect,
+    schedules.schedules, health.healthcheck, completion,
 ):  # fmt: skip
     cli.add_command(_command)
 cluster.queues.add_command(steering.set_queue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -12,14 +13,16 @@ from typing import Any
 import click
 from psycopg.conninfo import conninfo_to_dict
 
-from durable import Durable, __version__, validation
+from durable import Durable, __version__, telemetry, validation
 from durable.runtime.beat import Beat
 from durable.runtime.process import name_process
 from durable.runtime.supervisor import SPARE, Supervisor
-from durable_cli import logs, preflight
+from durable_cli import logs, metrics, preflight
 from durable_cli.output import flush, note, print_json
 from durable_cli.session import Session, app_options
 from durable_cli.values import AUTOSCALE, BYTES, NAME, PREFETCH, SECONDS, Checked
+
+log = logging.getLogger(__name__)
 
 MOST_PROCESSES = 1000
 SPARE_CONNECTIONS = 2
@@ -58,6 +61,10 @@ loglevel_option = click.option(
     "-l", "--loglevel", type=click.Choice(logs.LEVELS, case_sensitive=False), default="info", show_default=True,
     help="Log from this level on, to stderr.",
 )  # fmt: skip
+logformat_option = click.option(
+    "--log-format", type=click.Choice(logs.FORMATS, case_sensitive=False), default="text", show_default=True,
+    help="Log lines for people, or one JSON object a line.",
+)  # fmt: skip
 name_option = click.option("-n", "--name", type=NAME, help="What others call it; else APP@HOSTNAME.")
 
 
@@ -76,6 +83,7 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
 )  # fmt: skip
 @click.option("-B", "--beat", is_flag=True, help="Run a beat inside.")
 @loglevel_option
+@logformat_option
 @name_option
 @click.option("--prefetch", type=PREFETCH, metavar="auto|N", help="Most instances a process claims ahead.")
 @click.option("--drain-timeout", type=SECONDS, metavar="SECONDS", help="What running steps get to end at shutdown.")
@@ -86,6 +94,7 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
     "--max-memory-per-child", type=BYTES, metavar="SIZE",
     help="Resident size beyond which a process is replaced after its step: 200MB, or a number of KiB.",
 )  # fmt: skip
+@metrics.port_option
 @app_options
 @click.pass_context
 def worker(
@@ -95,11 +104,13 @@ def worker(
     autoscale: tuple[int, int] | None,
     beat: bool,
     loglevel: str,
+    log_format: str,
     name: str | None,
     prefetch: int | str | None,
     drain_timeout: float | None,
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
+    metrics_port: int | None,
 ) -> None:
     """Run tasks in forked worker processes.
 
@@ -110,6 +121,7 @@ def worker(
     processes = sum(max(count, autoscale[1] if autoscale else 0) for count in counts.values())
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
+    ctx.with_resource(metrics.shared(metrics_port))
     app = session.app()
     given = {
         "prefetch": prefetch,
@@ -118,15 +130,13 @@ def worker(
         "max_memory_per_child": max_memory_per_child,
     }
     app.conf.update(**{setting: value for setting, value in given.items() if value is not None})
+    metrics.serve(metrics_port, "agent")
     name = name or f"{app.name}@{socket.gethostname()}"
-    logs.configure(loglevel)
+    logs.configure(loglevel, log_format)
     name_process("durable-worker")
     found = preflight.look(app)
     facts = {"name": name, **_facts(app, found), "queues": counts, "beat": beat}
-    _announce(session, "worker", facts)
-    warning = connections_warning(processes, found.server.max_connections)
-    if warning:
-        note(warning)
+    _announce(session, "worker", facts, log_format, connections_warning(processes, found.server.max_connections))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen when they print it
     room = {
@@ -138,19 +148,25 @@ def worker(
 
 @click.command()
 @loglevel_option
+@logformat_option
 @name_option
+@metrics.port_option
 @app_options
 @click.pass_context
-def beat(ctx: click.Context, loglevel: str, name: str | None) -> None:
+def beat(ctx: click.Context, loglevel: str, log_format: str, name: str | None, metrics_port: int | None) -> None:
     """Run what goes by the clock: due instances, leases that ran out, garbage. Any number may run."""
     session: Session = ctx.obj
+    ctx.with_resource(metrics.shared(metrics_port))
     app = session.app()
+    metrics.serve(metrics_port, "beat")
     name = name or f"{app.name}@{socket.gethostname()}"
-    logs.configure(loglevel)
+    logs.configure(loglevel, log_format)
     name_process("durable-beat")
     found = preflight.look(app)
-    _announce(session, "beat", {"name": name, **_facts(app, found)})
-    ctx.exit(Beat(app, name).run())
+    _announce(session, "beat", {"name": name, **_facts(app, found)}, log_format, None)
+    with telemetry.process("beat"):
+        code = Beat(app, name).run()
+    ctx.exit(code)
 
 
 def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:
@@ -183,18 +199,30 @@ def place(app: Durable, database: str) -> str:
     return f"{host}{f':{port}' if port and not host.startswith('/') else ''}/{database}".replace("//", "/")
 
 
-def _announce(session: Session, what: str, facts: Mapping[str, Any]) -> None:
-    """Say what starts: for people on stderr, where the log follows; with --json on stdout."""
+def _announce(session: Session, what: str, facts: Mapping[str, Any], log_format: str, warning: str | None) -> None:
+    """Say what starts: for people on stderr, where the log follows; with --json on stdout.
+
+    A log of JSON lines holds nothing else, so that there it is a part of the log.
+    """
+
+    def tell(text: str) -> None:
+        if log_format == "text":
+            note(text)
+        else:
+            log.info("%s", text.strip())
+
     if session.as_json:
         print_json(facts)
         flush()
     else:
         tasks = facts["tasks"]
-        note(f"durable {facts['version']} {what} {facts['name']} (pid {facts['pid']})")
-        note(f"  database  {facts['database']} (PostgreSQL {facts['server_version']}), schema {facts['schema']}")
+        tell(f"durable {facts['version']} {what} {facts['name']} (pid {facts['pid']})")
+        tell(f"  database  {facts['database']} (PostgreSQL {facts['server_version']}), schema {facts['schema']}")
         if "queues" in facts:
             queues = ", ".join(f"{queue} x {count}" for queue, count in facts["queues"].items())
-            note(f"  queues    {queues}{', and a beat' if facts['beat'] else ''}")
-            note(f"  tasks     {', '.join(tasks) or 'none: every instance will be handed back'}")
+            tell(f"  queues    {queues}{', and a beat' if facts['beat'] else ''}")
+            tell(f"  tasks     {', '.join(tasks) or 'none: every instance will be handed back'}")
     if facts["remark"]:
-        note(f"Warning: {facts['remark']}")
+        tell(f"Warning: {facts['remark']}")
+    if warning:
+        tell(warning)

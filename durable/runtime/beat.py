@@ -1,4 +1,4 @@
-"""The beat: makes scheduled rows runnable to the moment, reaps dead workers, collects garbage.
+"""The beat: makes scheduled rows runnable and fires schedules to the moment, reaps dead workers, collects garbage.
 
 Any number may run at once: what they touch is claimed with SKIP LOCKED, and garbage collection is a row in `duties`
 that one of them gets per interval. Two connections: LISTEN, to hear of rows due earlier, and one for statements.
@@ -16,10 +16,11 @@ import psycopg
 
 from durable.app import Durable
 from durable.celery_signals import beat_init
-from durable.runtime import identity
+from durable.runtime import identity, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
+from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
 from durable.runtime.shared import Bell
 from durable.storage import maintenance, partitions, workers
@@ -48,6 +49,7 @@ class Beat:
             app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
         self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen")
+        self._firing = Firing(app, self._link)
         self._worker = 0
         now = time.monotonic()
         self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = self._look_again_at = now
@@ -111,14 +113,18 @@ class Beat:
         ttl = self._app.conf.lease_ttl
         if not self._worker or self._worker not in self._link.run(workers.heartbeat([self._worker], ttl)):
             partitions.ensure(self._link.connection, self._app.sql)
+            self._firing.declare()
             self._worker = self._link.run(workers.register(identity.own("beat", self._name), ttl))
 
     def _promote(self) -> None:
-        """Make due rows runnable, then sleep until the next is due, as the database's clock says."""
+        """Make due rows runnable and fire schedules, then sleep until the next is due, as the database's clock says."""
         for operation_of in (maintenance.promote, maintenance.time_out):
             while woken := self._link.run(operation_of(PROMOTE_BATCH)):
+                if operation_of is maintenance.time_out:
+                    reporting.timed_out(woken)
                 for operation in self._app.wakeups.promoted(woken):
                     self._link.run(operation)
+        self._firing.fire()
         wait = self._link.run(maintenance.next_due())
         wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
         now = time.monotonic()

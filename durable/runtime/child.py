@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from durable import telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
@@ -116,6 +117,7 @@ def run_child(
             finished.set()
             if failed or not engine.slot.ended:
                 # The slot is inside user code, which can't be interrupted from here: its row was given back.
+                telemetry.leave()
                 logging.shutdown()
                 os._exit(70 if failed else 0)
 

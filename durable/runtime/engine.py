@@ -26,7 +26,7 @@ import psycopg
 
 from durable.app import Durable
 from durable.instance import Claimed
-from durable.runtime import identity
+from durable.runtime import identity, reporting
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.executor import Executor
@@ -34,6 +34,7 @@ from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
 from durable.runtime.pacing import BEHIND_A_LONG_STEP, Pacing
 from durable.runtime.picker import Picker
+from durable.runtime.saturation import Saturation
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
 from durable.runtime.slot import Slot
 from durable.runtime.step_transaction import IDLE_SECONDS, StepConnections
@@ -92,6 +93,7 @@ class Engine:
         executor = Executor(app, coroutines, self._step_connections.begin)
         self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns, self._stopping)
         self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox, seat)
+        self._saturation = Saturation(queue, self.slot, self.buffer, self.outbox, self._pacing)
         self._held: dict[int, int] = {}
         self._worker = 0
         self._more = True
@@ -122,6 +124,7 @@ class Engine:
 
     def _turn(self) -> None:
         self._step_connections.close_idle()
+        self._saturation.report()
         if self._bell.silence():
             self._more = True
         hints = self._seat.take_hints()
@@ -160,10 +163,12 @@ class Engine:
 
     def _start_over(self) -> None:
         """Our lease was found dead: everything we hold belongs to others. Go on under a new id."""
-        dropped = self.buffer.take_back() + [commit.claimed for commit in self.outbox.take(len(self.outbox))]
+        buffered, commits = self.buffer.take_back(), self.outbox.take(len(self.outbox))
         self._held.clear()
         self.outbox.settled_all()
-        log.warning("%s lost its lease; %d claims are dropped, it goes on under a new id", self._name, len(dropped))
+        dropped = len(buffered) + len(commits)
+        log.warning("%s lost its lease; %d claims are dropped, it goes on under a new id", self._name, dropped)
+        reporting.stale(commits)
         self._register()
 
     # Commit
@@ -197,9 +202,7 @@ class Engine:
             self.outbox.settled(len(batch))
         if hops:
             self._go_on(hops, flushed)
-        if len(flushed.committed) < len(batch):
-            stale = [commit.claimed.id for commit in batch if commit.claimed.id not in flushed.committed]
-            log.warning("outcomes were stale: the rows had been taken away", extra={"instances": stale[:20]})
+        reporting.stale([commit for commit in batch if commit.claimed.id not in flushed.committed])
         self._more = True
         self._send(self._app.wakeups.became_ready(flushed.ready))
         if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
@@ -296,12 +299,7 @@ class Engine:
             self._send(self._app.wakeups.became_ready(woken))
         for row in unknown:
             self._picker.hide(row.machine, row.machine_version)
-            log.error(
-                "task %s version %d is not known here; its instances are left to other workers",
-                row.machine,
-                row.machine_version,
-                extra={"instance": row.id},
-            )
+            reporting.unknown(row)
             self._release([row], f"worker {self._name} does not know {row.machine} version {row.machine_version}")
         return [row for row in rows if row.id in self._held]
 
@@ -314,9 +312,7 @@ class Engine:
         """Give back rows that the database says we hold and we don't know: a claim whose answer was lost."""
         if time.monotonic() < self._reconcile_at:
             return
-        strange = self._release_strange()
-        if strange:
-            log.warning("%s gave back %d rows of a claim it never heard of", self._name, strange)
+        reporting.gave_back(self._name, self._queue, self._release_strange())
         now = time.monotonic()
         again = self._held or now < self._suspicious_until
         self._reconcile_at = now + self._app.conf.reconcile_interval if again else math.inf
@@ -346,7 +342,7 @@ class Engine:
         if self._stop_asked() is not None:
             return
         now = time.monotonic()
-        until = min(self._reconcile_at, self._step_connections.idle_since + IDLE_SECONDS)
+        until = min(self._reconcile_at, self._step_connections.idle_since + IDLE_SECONDS, self._saturation.due)
         pending = len(self.outbox)
         if pending:
             until = min(until, self.outbox.oldest_at + self._app.conf.flush_delay)
@@ -368,7 +364,9 @@ class Engine:
 
     def _drain(self) -> None:
         """Give the buffered rows back, let the running step end, commit, give back what is left, end the lease."""
-        self._retried(lambda: self._release(self.buffer.take_back()))
+        buffered = self.buffer.take_back()
+        self._retried(lambda: self._release(buffered))
+        reporting.drained(self._queue, len(buffered), int(self.slot.running))
         self.buffer.close()
         while not self.slot.ended or len(self.outbox):
             if len(self.outbox):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from durable.app import Durable
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
+from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.machine_step import MachineRunner
 from durable.runtime.step_transaction import Begin
@@ -42,6 +43,17 @@ class Executor:
 
         Raises StepAgain when the step did not happen, through no fault of its own, and is to be run again.
         """
+        if not reporting.are_steps_watched():
+            return self._execute(claimed)
+        watched = reporting.WatchedStep(claimed)
+        commit: Commit | None = None
+        try:
+            commit = self._execute(claimed)
+        finally:
+            watched.end(commit)
+        return commit
+
+    def _execute(self, claimed: Claimed) -> Commit:
         definition = self._definitions[claimed.machine, claimed.machine_version]
         if isinstance(definition, MachineDefinition):
             return self._machines.run(claimed, definition)

@@ -10,6 +10,7 @@ from typing import Any
 
 from durable.errors import PayloadError, TaskFailed
 from durable.instance import Claimed
+from durable.runtime.reporting import fields
 from durable.serialization import Codec
 from durable.storage.claims import Commit
 
@@ -46,13 +47,7 @@ def log_failure(log: logging.Logger, claimed: Claimed, error: BaseException) -> 
         seen.append(error)
     log.warning(
         "step failed",
-        extra={
-            "instance": claimed.id,
-            "task": claimed.machine,
-            "step": claimed.step,
-            "attempt": claimed.attempt,
-            "error": f"{type(error).__name__}: {message_of(error)}"[:200],
-        },
+        extra={**fields(claimed), "error": f"{type(error).__name__}: {message_of(error)}"[:200]},
     )
 
 

@@ -17,6 +17,7 @@ import psycopg
 from psycopg import errors as pg_errors
 
 from durable.errors import OutcomeError
+from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.failures import error_json
 from durable.runtime.link import Link, Stopped
@@ -88,7 +89,7 @@ class Flusher:
         log.error(
             "an outcome can't be committed: %s",
             describe(error),
-            extra={"instance": commit.claimed.id, "task": commit.claimed.machine},
+            extra=reporting.fields(commit.claimed),
         )
         if commit.status == "failed" and commit.result is None:
             raise error  # even the plain failure can't be stored: not this outcome's fault

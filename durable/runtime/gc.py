@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from durable.config import Config
+from durable.runtime import reporting
 from durable.runtime.link import Link
 from durable.storage import maintenance, partitions
 
@@ -26,4 +27,6 @@ def collect(link: Link, conf: Config) -> int:
     forgotten = link.run(maintenance.sweep_workers()) + link.run(maintenance.sweep_signals())
     if dropped or swept:
         log.info("garbage collected: partitions %s, %d kept rows", dropped, swept)
-    return len(dropped) + swept + forgotten
+    removed = len(dropped) + swept + forgotten
+    reporting.swept(removed)
+    return removed

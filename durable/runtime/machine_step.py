@@ -26,12 +26,13 @@ from durable.outcomes import (
     Stop,
     step_name,
 )
+from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
 from durable.runtime.step_transaction import Begin, StepAgain
 from durable.storage.claims import Commit
-from durable.validation import near, shown
+from durable.validation import near
 
 log = logging.getLogger("durable.step")
 
@@ -56,9 +57,10 @@ class MachineRunner:
                 raise CorruptRowError(_no_step(definition, claimed.step))
         except (CorruptRowError, ValidationError) as error:
             return failed(claimed, error)
+        if self._app.conf.log_payloads:
+            reporting.arguments(claimed, data)
         is_async = inspect.iscoroutinefunction(step)
-        begin = self._begin and partial(self._begin, claimed, is_async)
-        context: Context[Any] = Context(claimed, self._app, log, state, begin)
+        context: Context[Any] = Context(claimed, self._app, log, state, self._begin, is_async)
         machine = definition.cls()
         error_seen: BaseException
         try:
@@ -154,7 +156,9 @@ class MachineRunner:
                 )
         names = ", ".join(outcome.__name__ for outcome in OUTCOMES)
         raise OutcomeError(
-            f"step {claimed.step!r} of {definition.name} returned {shown(value)}; a step returns one of {names}"
+            # Its type alone: the value may hold what must not be logged.
+            f"step {claimed.step!r} of {definition.name} returned {'None' if value is None else type(value).__name__}; "
+            f"a step returns one of {names}"
         )
 
     def _step(self, definition: MachineDefinition, target: Any) -> str:

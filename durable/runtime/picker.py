@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from durable.instance import Claimed
+from durable.runtime import reporting
 from durable.runtime.link import Link
 from durable.storage import claims
 
@@ -47,6 +48,11 @@ class Picker:
 
     def claim(self, worker: int, limit: int) -> list[Claimed]:
         """Claim at most `limit` rows, best first. Raises psycopg.Error: the claim may then have committed or not."""
+        rows = self._look(worker, limit)
+        reporting.picked(self.queue, worker, limit, len(rows))
+        return rows
+
+    def _look(self, worker: int, limit: int) -> list[Claimed]:
         now = self._clock()
         if not self._rescan and now - self._scanned_at < RESCAN_EVERY:
             rows = self._claim_from_positions(worker, limit)
@@ -80,4 +86,6 @@ class Picker:
 
     def claim_suspect(self, worker: int) -> list[Claimed]:
         """Claim one row with a crash behind it. Raises as `claim`."""
-        return self._link.run(claims.claim_suspect(worker, self.queue, self._unknown))
+        rows = self._link.run(claims.claim_suspect(worker, self.queue, self._unknown))
+        reporting.picked(self.queue, worker, 1, len(rows))
+        return rows

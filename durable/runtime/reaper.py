@@ -10,6 +10,7 @@ import logging
 from datetime import datetime
 
 from durable.config import Config
+from durable.runtime import reporting
 from durable.runtime.link import Link
 from durable.storage import workers
 from durable.storage.workers import Reclaimed
@@ -32,6 +33,7 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
         total.add(link.run_atomically(workers.reclaim(worker, None, conf.max_crashes, f"{who} stopped answering")))
     if total.ids:
         log.warning("reaped %d rows of dead workers, %d failed for it", len(total.ids), len(total.lost))
+    reporting.reaped(total.ids)
     for operation in wakeups.handed_back(total.by_queue):
         link.run(operation)
     return total

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from durable.instance import Claimed
+from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
@@ -105,7 +106,7 @@ class Slot:
         backoff = Backoff(first=0.02, most=1.0)
         while not self._stopping() and self._owns(claimed):
             self._seat.enter(claimed.id, claimed.token, time.monotonic())  # the wait is not the step's
-            log.info("the step runs again: %s", reason, extra={"instance": claimed.id, "step": claimed.step})
+            log.info("the step runs again: %s", reason, extra=reporting.fields(claimed))
             time.sleep(backoff.next())
             if time.monotonic() >= self._seat.deadline and not self._lease_returns(claimed):
                 return None

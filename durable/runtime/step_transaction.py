@@ -31,6 +31,7 @@ from psycopg.rows import tuple_row
 from durable.app import Durable
 from durable.errors import ConnectionUsageError, DurableError
 from durable.instance import Claimed
+from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.coroutines import CoroutineRunner
 from durable.sql import Statements
@@ -268,7 +269,7 @@ class StepTransaction:
             if not (lent.connection.closed or lent.connection.broken):
                 raise
             self._give_back()
-            log.warning("the answer to a COMMIT was lost: %s", describe(error), extra={"instance": self._claimed.id})
+            log.warning("the answer to a COMMIT was lost: %s", describe(error), extra=reporting.fields(self._claimed))
             return self._find_out(commit, flushed)
         commit.flushed = flushed
         self._give_back()

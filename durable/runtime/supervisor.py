@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from durable import telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_init, worker_ready, worker_shutdown
 from durable.runtime.agent import Agent
@@ -319,7 +320,7 @@ class Supervisor:
         queue, bell = place.queue, place.bell
         place.forked_at = time.monotonic()
         place.pid = self._fork(
-            lambda: run_child(app, queue, name, seats, seat, bell, drain_timeout), f"durable:{queue}"
+            lambda: run_child(app, queue, name, seats, seat, bell, drain_timeout), f"durable:{queue}", "worker"
         )
         seat.pid = place.pid
 
@@ -334,7 +335,7 @@ class Supervisor:
             self._autoscale,
         )
         # The agent must see the end of the pipe when the supervisor is gone, so it keeps no writing end itself.
-        self._agent_pid = self._fork(lambda: self._be_agent(agent), "durable:agent")
+        self._agent_pid = self._fork(lambda: self._be_agent(agent), "durable:agent", "agent")
 
     def _be_agent(self, agent: Agent) -> int:
         os.close(self._to_agent)
@@ -342,10 +343,14 @@ class Supervisor:
 
     def _fork_beat(self) -> None:
         app, name = self._app, self._name
-        self._beat_pid = self._fork(lambda: Beat(app, name).run(), "durable:beat")
+        self._beat_pid = self._fork(lambda: Beat(app, name).run(), "durable:beat", "beat")
 
-    def _fork(self, body: Callable[[], int], title: str) -> int:
-        return fork(body, title)
+    def _fork(self, body: Callable[[], int], title: str, role: str) -> int:
+        def be() -> int:
+            with telemetry.process(role):
+                return body()
+
+        return fork(be, title)
 
     def _tell_agent(self, message: Mapping[str, object]) -> None:
         os.write(self._to_agent, json.dumps(message).encode() + b"\n")

@@ -13,6 +13,7 @@ from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadE
 from durable.instance import Claimed
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
 from durable.retry import default_backoff
+from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
@@ -48,8 +49,9 @@ class TaskRunner:
             args, kwargs = _arguments(state, claimed)
         except CorruptRowError as error:
             return failed(claimed, error)
-        begin = self._begin and partial(self._begin, claimed, task.is_async)
-        context: Context[Any] = Context(claimed, self._app, log, None, begin)
+        if self._app.conf.log_payloads:
+            reporting.arguments(claimed, state)
+        context: Context[Any] = Context(claimed, self._app, log, None, self._begin, task.is_async)
         if not observed(task):
             return self._step(claimed, task, context, args, kwargs)[0]
         begun(task, context, args, kwargs)

@@ -36,7 +36,7 @@ FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
           CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
-          i.inbox, i.awaits, i.parent_round;
+          i.inbox, i.awaits, i.parent_round, i.trace;
 
 -- name: claim_suspect
 -- Claim one row that has a crash behind it, for a worker process that holds nothing else.
@@ -62,7 +62,7 @@ FROM picked WHERE i.ctid = picked.row
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
           CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
-          i.inbox, i.awaits, i.parent_round;
+          i.inbox, i.awaits, i.parent_round, i.trace;
 
 -- name: held
 -- What a worker id holds. Params: worker bigint. Rows: id, token.
@@ -113,13 +113,14 @@ WITH outcome AS MATERIALIZED (
 INSERT INTO {schema}.history
     (id, eligible_at, created_at, finished_at, expires_at, worker_id, status, token, version, attempt,
      machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
-     result_type, result, error, correlation_key, correlation_scope, reason, parent_id, parent_round, children_round)
+     result_type, result, error, correlation_key, correlation_scope, reason, parent_id, parent_round, children_round,
+     trace)
 SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
        CASE WHEN cancel_requested THEN 'cancelled' ELSE o_status END::{schema}.status, token, version + 1, attempt,
        machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
        CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
        CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL,
-       parent_id, parent_round, children_round
+       parent_id, parent_round, children_round, trace
 FROM gone
 RETURNING id;
 

@@ -6,11 +6,11 @@
 -- Rows:   id.
 INSERT INTO {schema}.instances
     (queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
-     max_attempts, correlation_key, correlation_scope)
+     max_attempts, correlation_key, correlation_scope, trace)
 SELECT %(queue)s, %(priority)s, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
        greatest(t.at, t.now), coalesce(%(expires_at)s, t.now + make_interval(secs => %(expires_in)s)),
        %(machine)s, %(machine_version)s, %(step)s, %(state_type)s, %(state)b,
-       %(max_attempts)s, %(correlation_key)s, %(correlation_scope)s::text[]::{schema}.status[]
+       %(max_attempts)s, %(correlation_key)s, %(correlation_scope)s::text[]::{schema}.status[], %(trace)s
 FROM (SELECT n.now, coalesce(%(at)s, n.now + make_interval(secs => %(delay)s), n.now) AS at
       FROM (SELECT clock_timestamp() AS now) AS n) AS t
 ON CONFLICT DO NOTHING
@@ -30,20 +30,20 @@ WITH input AS MATERIALIZED (
             %(expires_ins)s::float8[], %(expires_ats)s::timestamptz[], %(machines)s::text[],
             %(machine_versions)s::int[], %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[],
             %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[],
-            %(parent_ids)s::bigint[], %(parent_rounds)s::int[]
+            %(parent_ids)s::bigint[], %(parent_rounds)s::int[], %(traces)s::text[]
         ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
                                 state_type, state, max_attempts, correlation_key, correlation_scope, parent_id,
-                                parent_round, n)
+                                parent_round, trace, n)
         ORDER BY a.n
     ) AS u
 ), inserted AS (
     INSERT INTO {schema}.instances
         (id, queue, priority, status, eligible_at, expires_at, machine, machine_version, step, state_type, state,
-         max_attempts, correlation_key, correlation_scope, parent_id, parent_round)
+         max_attempts, correlation_key, correlation_scope, parent_id, parent_round, trace)
     SELECT i.id, i.queue, i.priority, CASE WHEN t.at > t.now THEN 'scheduled' ELSE 'runnable' END::{schema}.status,
            greatest(t.at, t.now), coalesce(i.expires_at, t.now + make_interval(secs => i.expires_in)),
            i.machine, i.machine_version, i.step, i.state_type, i.state, i.max_attempts, i.correlation_key,
-           string_to_array(i.correlation_scope, ',')::{schema}.status[], i.parent_id, i.parent_round
+           string_to_array(i.correlation_scope, ',')::{schema}.status[], i.parent_id, i.parent_round, i.trace
     FROM input AS i
     CROSS JOIN LATERAL (SELECT s.now, coalesce(i.at, s.now + make_interval(secs => i.delay), s.now) AS at
                         FROM (SELECT clock_timestamp() AS now) AS s) AS t
@@ -154,9 +154,10 @@ WITH gone AS (
 ), back AS (
     INSERT INTO {schema}.instances
         (id, eligible_at, created_at, status, token, version, machine_version, priority, max_attempts, queue, machine,
-         step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round)
+         step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round, trace)
     SELECT id, clock_timestamp(), created_at, 'runnable', token, version, machine_version, priority, max_attempts, queue,
-           machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round
+           machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round,
+           trace
     FROM gone
     RETURNING id, queue
 )

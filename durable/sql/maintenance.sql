@@ -38,10 +38,11 @@ WITH due AS MATERIALIZED (
 SELECT queue, count(*) FROM promoted GROUP BY queue;
 
 -- name: next_due
--- Seconds until the next scheduled row or deadline is due; null when there is none.
+-- Seconds until the next scheduled row, deadline or schedule is due; null when there is none.
 SELECT extract(epoch FROM least(
     (SELECT min(eligible_at) FROM {schema}.instances WHERE status = 'scheduled'),
-    (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL)
+    (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL),
+    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL)
 ) - clock_timestamp())::float8;
 
 -- name: take_duty

@@ -6,22 +6,23 @@
 
 -- name: deliver
 -- Deliver signals to live instances: rows locked in id order, signals stored once per dedup key, sleepers woken.
--- Params: targets bigint[] (ids), names text[], dedup_keys text[], payload_types text[], payloads bytea[].
+-- Params: targets bigint[] (ids), names text[], dedup_keys text[], payload_types text[], payloads bytea[],
+--         traces text[].
 -- Rows:   n (position from 1), stored: whether its key was new (false: duplicate; true for every one of a key that
 --         comes twice in the batch), queue, woken. Missing n: no live target.
 WITH input AS MATERIALIZED (
     SELECT * FROM unnest(
         %(targets)s::bigint[], %(names)s::text[], %(dedup_keys)s::text[], %(payload_types)s::text[],
-        %(payloads)s::bytea[]
-    ) WITH ORDINALITY AS u (target_id, name, dedup_key, payload_type, payload, n)
+        %(payloads)s::bytea[], %(traces)s::text[]
+    ) WITH ORDINALITY AS u (target_id, name, dedup_key, payload_type, payload, trace, n)
 ), live AS MATERIALIZED (
     SELECT i.id FROM {schema}.instances AS i
     WHERE i.id = ANY (%(targets)s::bigint[]) AND i.finished_at IS NULL
     ORDER BY i.id FOR NO KEY UPDATE
 ), stored AS (
     -- In the order given: an inbox is read by id. Of one dedup key the first counts.
-    INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload)
-    SELECT target_id, name, dedup_key, payload_type, payload
+    INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload, trace)
+    SELECT target_id, name, dedup_key, payload_type, payload, trace
     FROM (SELECT DISTINCT ON (input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL)
                  input.*
           FROM input JOIN live ON live.id = input.target_id
@@ -57,8 +58,8 @@ WHERE correlation_key = ANY (%(keys)s::text[])
 
 -- name: inbox
 -- Unconsumed signals of instances, oldest first. Params: ids bigint[].
--- Rows:   target_id, id, name, payload_type, payload, created_at.
-SELECT target_id, id, name, payload_type, payload, created_at FROM {schema}.signals
+-- Rows:   target_id, id, name, payload_type, payload, created_at, trace.
+SELECT target_id, id, name, payload_type, payload, created_at, trace FROM {schema}.signals
 WHERE target_id = ANY (%(ids)s::bigint[]) AND NOT consumed ORDER BY target_id, id;
 
 -- name: consume

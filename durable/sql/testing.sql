@@ -73,6 +73,7 @@ WITH i AS (DELETE FROM {schema}.instances),
      h AS (DELETE FROM {schema}.history),
      s AS (DELETE FROM {schema}.signals),
      w AS (DELETE FROM {schema}.workers),
+     p AS (DELETE FROM {schema}.schedules),
      d AS (UPDATE {schema}.duties SET ran_at = '-infinity')
 SELECT setval('{schema}.instance_ids', 1, false),
        setval(pg_get_serial_sequence('{schema}.signals', 'id'), 1, false),

@@ -134,6 +134,32 @@ WHERE w.kind = 'worker' AND w.dead_at IS NULL AND w.expires_at > clock_timestamp
 GROUP BY w.name, w.host, w.command_pid
 ORDER BY w.name, w.host, w.command_pid;
 
+-- name: health
+-- Leases nobody has ended, of one name and one host. Params: name, host text|null (any).
+-- Rows: id, kind, name, host, pid, command_pid, queue, live, seconds since the last heartbeat.
+SELECT id, kind, name, host, pid, command_pid, queue, expires_at > clock_timestamp(),
+       extract(epoch FROM clock_timestamp() - heartbeat_at)::float8
+FROM {schema}.workers
+WHERE dead_at IS NULL AND (%(name)s::text IS NULL OR name = %(name)s) AND (%(host)s::text IS NULL OR host = %(host)s)
+ORDER BY kind, name, id;
+
+-- name: queue_heads
+-- Who is next in the queues of these workers that are not paused, and how many of their slots run nothing.
+-- Params: workers bigint[], known text[]|null ("name:version"; all). Rows: queue, free, id, seconds it has waited.
+SELECT q.queue, q.free, h.id, extract(epoch FROM clock_timestamp() - h.eligible_at)::float8
+FROM (SELECT w.queue,
+             sum(greatest(0, w.slots - (SELECT count(*) FROM {schema}.instances AS i
+                                        WHERE i.worker_id = w.id AND i.status = 'executing')))::int AS free
+      FROM {schema}.workers AS w
+      WHERE w.id = ANY (%(workers)s::bigint[]) GROUP BY w.queue) AS q
+CROSS JOIN LATERAL (
+    SELECT i.id, i.eligible_at FROM {schema}.instances AS i
+    WHERE i.queue = q.queue AND i.status = 'runnable' AND i.crashes = 0
+      AND (%(known)s::text[] IS NULL OR i.machine || ':' || i.machine_version = ANY (%(known)s::text[]))
+    ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS h
+WHERE NOT EXISTS (SELECT FROM {schema}.queues AS k WHERE k.name = q.queue AND k.paused_at IS NOT NULL)
+ORDER BY q.queue;
+
 -- name: server
 -- What the overview and a worker's start want to know of the server. Rows: version, database, max_connections.
 SELECT split_part(current_setting('server_version'), ' ', 1), current_database()::text,

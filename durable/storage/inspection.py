@@ -6,10 +6,12 @@ Not for hot paths: some of these statements read every row. SQL in sql/instances
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from durable.storage import instances
+from durable.storage.arrays import Int8Array, TextArray
 from durable.storage.session import Operation
 
 BLOCKS_BEFORE = 1024
@@ -137,6 +139,29 @@ class Registered(NamedTuple):
     tasks: list[str]
 
 
+class ProcessHealth(NamedTuple):
+    """One process with a lease, whether that is live, and the seconds since its last heartbeat."""
+
+    id: int
+    kind: str
+    name: str
+    host: str
+    pid: int
+    command_pid: int
+    queue: str | None
+    alive: bool
+    heartbeat_age: float
+
+
+class QueueHead(NamedTuple):
+    """The instance that is next in a queue, how long it has waited in seconds, and the slots that run nothing."""
+
+    queue: str
+    free: int
+    id: int
+    waited: float
+
+
 class Totals(NamedTuple):
     """Status -> number of instances, a status without any is missing; and of which statuses it is no exact one."""
 
@@ -218,6 +243,24 @@ def registered(worker: str | None) -> Operation[list[Registered]]:
     """Return what each live worker command (of one name, or None: every one) can run."""
     rows = yield "registered", {"worker": worker}
     return [Registered(*row) for row in rows]
+
+
+def health(name: str | None, host: str | None) -> Operation[list[ProcessHealth]]:
+    """Return the leases nobody has ended, of the commands of that name and host (None: any)."""
+    rows = yield "health", {"name": name, "host": host}
+    return [ProcessHealth(*row) for row in rows]
+
+
+def queue_heads(workers: Sequence[int], known: Sequence[str] | None) -> Operation[list[QueueHead]]:
+    """Return who is next in the queues of these workers, where anybody waits.
+
+    known  "name:version" of machines that count; None: all
+    """
+    rows = yield (
+        "queue_heads",
+        {"workers": Int8Array(sorted(workers)), "known": None if known is None else TextArray(known)},
+    )
+    return [QueueHead(*row) for row in rows]
 
 
 def totals() -> Operation[Totals]:

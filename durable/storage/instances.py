@@ -44,6 +44,7 @@ def insert(new: NewInstance) -> Operation[int]:
             "max_attempts": new.max_attempts,
             "correlation_key": new.correlation_key,
             "correlation_scope": None if new.correlation_scope is None else list(new.correlation_scope),
+            "trace": new.trace,
         },
     )
     if rows:
@@ -95,6 +96,7 @@ def _columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
         ),
         "parent_ids": Int8Array([new.parent_id for new in batch]),
         "parent_rounds": Int4Array([new.parent_round for new in batch]),
+        "traces": TextArray([new.trace for new in batch]),
     }
 
 

@@ -46,6 +46,7 @@ def deliver(batch: Sequence[NewSignal]) -> Operation[Delivery]:
             "dedup_keys": TextArray([batch[n].dedup_key for n in addressed]),
             "payload_types": TextArray([batch[n].payload.type for n in addressed]),
             "payloads": ByteaArray([batch[n].payload.body for n in addressed]),
+            "traces": TextArray([batch[n].trace for n in addressed]),
         },
     )
     seen: set[tuple[int | str, str]] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,17 +37,22 @@ class Identity:
 
 @dataclass(slots=True)
 class Reclaimed:
-    """What a reclaim did: runnable rows per queue, ids that counted a crash, ids that failed for it."""
+    """What a reclaim did: runnable rows per queue, ids that counted a crash, ids that failed for it.
+
+    taken  rows taken back per queue; `by_queue` counts woken parents too, and not what ended
+    """
 
     by_queue: dict[str, int] = field(default_factory=dict)
     crashed: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    taken: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Reclaimed) -> None:
         """Count another reclaim in."""
         for queue, count in other.by_queue.items():
             self.by_queue[queue] = self.by_queue.get(queue, 0) + count
+        self.taken += other.taken
         self.crashed += other.crashed
         self.lost += other.lost
         self.ids += other.ids
@@ -121,6 +127,7 @@ def reclaim(
     ended: list[int] = []
     for instance_id, queue, status, crashed in rows:
         reclaimed.ids.append(instance_id)
+        reclaimed.taken[queue] += 1
         if crashed:
             reclaimed.crashed.append(instance_id)
         if status == "runnable":

@@ -18,12 +18,23 @@ from tests.fix_db import wait_until
 
 TUTORIAL = """\
 from celery import Celery, Task, chain, chord, group
+from celery.schedules import crontab
 from celery.signals import task_success
 from celery.utils.log import get_task_logger
 
 app = Celery("tasks", broker="pyamqp://guest@localhost//", backend="redis://localhost")
 
 logger = get_task_logger(__name__)
+
+app.conf.beat_schedule = {
+    "add-every-fifth-of-a-second": {"task": "tasks.add", "schedule": 0.2, "args": (16, 16)},
+    "add-every-monday-morning": {
+        "task": "tasks.add",
+        "schedule": crontab(hour=7, minute=30, day_of_week=1),
+        "args": (16, 16),
+        "options": {"queue": "mondays"},
+    },
+}
 
 
 @app.task
@@ -97,6 +108,7 @@ def nested():
 
 CHANGES = {
     "from celery import Celery, Task, chain, chord, group": "from durable import Durable, Task, chain, chord, group",
+    "from celery.schedules import crontab": "from durable import crontab",
     "from celery.signals import task_success": "from durable.celery_signals import task_success",
     "from celery.utils.log import get_task_logger": "from logging import getLogger as get_task_logger",
 }
@@ -108,7 +120,7 @@ def tutorial(tmp_path: Path, database: str, schema: str) -> Iterator[ModuleType]
     app_line = next(index for index, line in enumerate(lines) if line.startswith("app = Celery("))
     lines[app_line] = f'app = Durable("tasks", dsn={database!r}, schema={schema!r})'
     changed = [line for line in difflib.ndiff(TUTORIAL.splitlines(), lines) if line.startswith("+ ")]
-    assert len(changed) == 4, "three imports and the app"
+    assert len(changed) == 5, "four imports and the app"
     path = tmp_path / "tasks.py"
     path.write_text("\n".join(lines) + "\n")
     spec = importlib.util.spec_from_file_location("tasks", path)
@@ -152,3 +164,11 @@ def test_the_tutorial_runs_as_it_did(tutorial: Any, durable_worker: Callable[...
     failed = tutorial.record.delay(str(notes), fail=True)
     wait_until(failed.ready, what="the failure")
     assert notes.read_text() == "on_success recorded\non_failure told to\n"
+
+
+def test_the_tutorials_schedule_is_kept(tutorial: Any, durable_worker: Callable[..., Command], connection: Any) -> None:
+    fast, monday = tutorial.app.schedules()
+    assert (fast.schedule.seconds, monday.schedule.text, monday.new.queue) == (0.2, "30 7 * * 1", "mondays")
+    durable_worker("worker", "-c", "1", "-B", PYTHONDONTWRITEBYTECODE="1")
+    done = f"SELECT count(*) FROM {tutorial.app.schema}.instance_view WHERE machine = 'tasks.add' AND result = '32'"
+    wait_until(lambda: connection.execute(done).fetchone()[0] >= 3, what="three runs")

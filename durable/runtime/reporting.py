@@ -1,0 +1,167 @@
+"""What the parts of a process report: events of `durable.telemetry`, and the span of each step.
+
+One function per event, so that every place emits it in the same form. None of them raises.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from durable import telemetry, tracing
+from durable.instance import Claimed
+from durable.storage.claims import Commit
+
+log = logging.getLogger(__name__)
+_step_log = logging.getLogger("durable.step")
+
+_KINDS = {"children": "schedule_childs"}
+_ENDS = {"done": "done", "failed": "stop", "cancelled": "stop"}
+
+
+def fields(claimed: Claimed) -> dict[str, object]:
+    """Return the fields of a log record about a step: which one of which instance, no payload."""
+    return {
+        "instance": claimed.id,
+        "task": claimed.machine,
+        "step": claimed.step,
+        "attempt": claimed.attempt,
+        "queue": claimed.queue,
+    }
+
+
+def kind_of(commit: Commit) -> str:
+    """Return the kind of an outcome as events name it: next, retry, await, schedule_childs, done or stop."""
+    return _ENDS[commit.status] if commit.kind == "end" else _KINDS.get(commit.kind, commit.kind)
+
+
+def are_steps_watched() -> bool:
+    """Whether anybody wants to know of steps."""
+    return "step.stop" in telemetry.attached or tracing.tracer() is not None
+
+
+class WatchedStep:
+    """One execution of a step: a span around it, an event when it has an outcome."""
+
+    def __init__(self, claimed: Claimed) -> None:
+        self._claimed = claimed
+        self._span = _begin_span(claimed)
+        self._began = time.perf_counter()
+
+    def end(self, commit: Commit | None) -> None:
+        """It has ended; None: without an outcome, so that it runs again."""
+        duration = time.perf_counter() - self._began
+        kind = "again" if commit is None else kind_of(commit)
+        if self._span is not None:
+            try:
+                self._span.end(kind, _error_of(commit))
+            except Exception:
+                tracing.failed()
+        if commit is not None:
+            telemetry.emit("step.stop", {"duration": duration}, _about(commit))
+
+
+def _begin_span(claimed: Claimed) -> tracing.StepSpan | None:
+    tracer = tracing.tracer()
+    if tracer is None:
+        return None
+    attributes: dict[str, str | int] = {
+        "id": claimed.id,
+        "fsm": claimed.machine,
+        "version": claimed.machine_version,
+        "step": claimed.step,
+        "attempt": claimed.attempt,
+        "queue": claimed.queue,
+    }
+    causes = [
+        tracing.Cause(signal.trace, signal.name, signal.id)
+        for signal in claimed.signals
+        if signal.trace is not None and signal.name in (claimed.awaits or ())
+    ]
+    try:
+        return tracer.step(f"{claimed.machine} {claimed.step}", attributes, claimed.trace, causes)
+    except Exception:
+        tracing.failed()
+        return None
+
+
+def _error_of(commit: Commit | None) -> str | None:
+    """Return "type: message" of what the step raised or stopped for."""
+    if commit is None or commit.error is None:
+        return None
+    error = json.loads(commit.error)
+    return f"{error['type']}: {error['message']}"
+
+
+def _about(commit: Commit) -> dict[str, object]:
+    claimed = commit.claimed
+    return {"id": claimed.id, "fsm": claimed.machine, "step": claimed.step, "kind": kind_of(commit)}
+
+
+def arguments(claimed: Claimed, value: object) -> None:
+    """A step begins, and its payloads are to be logged: `value` is its arguments, or its state."""
+    _step_log.debug("step starts", extra={**fields(claimed), "arguments": value})
+
+
+def picked(queue: str, worker: int, demand: int, count: int) -> None:
+    """A claim came back."""
+    if "pick.stop" in telemetry.attached:
+        telemetry.emit("pick.stop", {"count": count, "demand": demand}, {"queue": queue, "worker": worker})
+
+
+def stale(commits: Sequence[Commit]) -> None:
+    """Outcomes did not count: their rows had been taken away."""
+    if not commits:
+        return
+    instances = [commit.claimed.id for commit in commits]
+    log.warning("outcomes were stale: the rows had been taken away", extra={"instances": instances[:20]})
+    if "outcome.stale" in telemetry.attached:
+        for commit in commits:
+            telemetry.emit("outcome.stale", {"count": 1}, _about(commit))
+
+
+def drained(queue: str, released: int, in_flight: int) -> None:
+    """A worker process was asked to stop, and gave back what it had not begun."""
+    telemetry.emit("scheduler.drain", {"released": released, "in_flight": in_flight}, {"queue": queue})
+
+
+def reclaimed(by_queue: Mapping[str, int]) -> None:
+    """Claims were taken back that nobody alive knew of: queue -> how many."""
+    for queue, count in by_queue.items():
+        telemetry.emit("scheduler.reclaimed", {"count": count}, {"queue": queue})
+
+
+def gave_back(worker: str, queue: str, count: int) -> None:
+    """A worker process gave back rows that the database said it held and it did not know of."""
+    if count:
+        log.warning("%s gave back %d rows of a claim it never heard of", worker, count)
+        reclaimed({queue: count})
+
+
+def unknown(claimed: Claimed) -> None:
+    """A row was claimed whose task or machine this process does not have."""
+    log.error(
+        "task %s version %d is not known here; its instances are left to other workers",
+        claimed.machine,
+        claimed.machine_version,
+        extra=fields(claimed),
+    )
+
+
+def reaped(ids: Sequence[int]) -> None:
+    """Rows of workers that stopped answering were taken back."""
+    if ids:
+        telemetry.emit("reaper.reaped", {"count": len(ids)}, {"ids": list(ids)})
+
+
+def timed_out(by_queue: Mapping[str, int]) -> None:
+    """Parks ended by their timeout: queue -> how many."""
+    if by_queue:
+        telemetry.emit("await.timeout", {"count": sum(by_queue.values())}, {})
+
+
+def swept(count: int, buckets: int = 0, gates: int = 0) -> None:
+    """Garbage was collected: rows and partitions; of rate limits; of gates."""
+    telemetry.emit("gc.swept", {"count": count, "buckets": buckets, "gates": gates}, {})

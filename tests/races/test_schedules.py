@@ -1,0 +1,196 @@
+"""Every occurrence once, whoever else fires, and whoever dies on the way."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from durable import Durable, every
+from durable.schedules import Periodic
+from durable.storage import schedules
+from tests.fix_rows import Rows, new
+from tests.interleaving import Held
+
+NIGHT = timedelta(hours=8)
+
+
+def entry(name: str = "nightly", **values: Any) -> Periodic:
+    return Periodic(name, every(3600), **{"misfire": "once", "overlap": "allow", "new": new(), **values})
+
+
+class Clock:
+    """Schedules whose time comes when a test says so."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def sql(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        return [tuple(row.values()) for row in self.rows.fetch(query, parameters)]
+
+    def declare(self, *entries: Periodic, app: str = "test") -> list[str]:
+        return self.rows.atomically(schedules.declare(app, entries))  # type: ignore[no-any-return]
+
+    def due(self, name: str = "nightly", ago: float = 1.0) -> None:
+        self.sql(
+            "UPDATE {schema}.schedules SET next_at = clock_timestamp() - make_interval(secs => %s) WHERE name = %s",
+            ago,
+            name,
+        )
+
+    def fire(self) -> int:
+        return len(self.rows.atomically(schedules.fire(())).inserted)
+
+    def of(self, *columns: str) -> Any:
+        return self.sql(f"SELECT {', '.join(columns)} FROM {{schema}}.schedules ORDER BY name")
+
+    @property
+    def inserted(self) -> int:
+        return int(self.sql("SELECT count(*) FROM {schema}.instances")[0][0])
+
+
+@pytest.fixture
+def clock(rows: Rows) -> Clock:
+    return Clock(rows)
+
+
+def test_two_beats_at_the_same_moment_fire_once(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry())
+    clock.due()
+    first = Held(rows.other(), schedules.fire(())).until("move_schedule")
+    assert clock.fire() == 0  # passes by the locked row, waits for nobody
+    assert len(first.commit().inserted) == 1
+    assert clock.fire() == 0
+    assert clock.inserted == 1
+
+
+def test_a_beat_that_dies_between_insert_and_commit_leaves_the_occurrence_to_others(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry())
+    clock.due()
+    first = Held(rows.other(), schedules.fire(())).until("move_schedule")
+    first.session.connection.close()
+    assert clock.fire() == 1
+    assert clock.inserted == 1
+    ((fired, late),) = clock.of("fired", "next_at > clock_timestamp()")
+    assert (fired, late) == (1, True)
+
+
+def test_a_second_beat_that_saw_it_due_before_the_first_committed_fires_nothing(rows: Rows, clock: Clock) -> None:
+    """Its snapshot is older than the first one's commit: the lock shows it the row as it is now."""
+    clock.declare(entry())
+    clock.due()
+    second = rows.other()
+    second.connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+    second.connection.execute(f"SELECT next_at FROM {rows.schema}.schedules")
+    assert clock.fire() == 1
+    second.connection.execute("ROLLBACK")
+    assert clock.fire() == 0
+    assert clock.inserted == 1
+
+
+def test_disabling_waits_for_a_firing_and_enabling_begins_with_what_comes_next(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry())
+    clock.due()
+    first = Held(rows.other(), schedules.fire(())).until("move_schedule")
+    going = rows.background(lambda: rows.other().atomically(schedules.switch("nightly", False)))
+    first.commit()
+    assert going.result(20) is True
+    clock.due(ago=NIGHT.total_seconds())
+    assert clock.fire() == 0
+    assert rows.atomically(schedules.switch("nightly", True)) is True
+    assert clock.fire() == 0, "what it missed while it was off is not made up for"
+    assert rows.atomically(schedules.switch("nightly", True)) is False
+    assert rows.atomically(schedules.switch("unknown", True)) is None
+
+
+def test_an_occurrence_is_left_out_while_the_last_one_runs_if_that_was_asked_for(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry(overlap="skip"), entry("free"))
+    for name in ("nightly", "free"):
+        clock.due(name)
+    assert clock.fire() == 2
+    for name in ("nightly", "free"):
+        clock.due(name)
+    assert clock.fire() == 1
+    assert clock.of("name", "fired", "skipped") == [("free", 2, 0), ("nightly", 1, 1)]
+    clock.sql("DELETE FROM {schema}.instances")
+    clock.due()
+    assert clock.fire() == 1
+
+
+def test_every_missed_occurrence_is_made_up_for_over_several_transactions(
+    rows: Rows, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "AT_ONCE", 3)
+    clock.declare(entry(misfire="all"))
+    clock.sql(
+        "UPDATE {schema}.schedules SET next_at = date_trunc('hour', clock_timestamp() AT TIME ZONE 'UTC')"
+        " AT TIME ZONE 'UTC' - interval '7 hours'"
+    )
+    assert [clock.fire() for _ in range(4)] == [3, 3, 2, 0]
+    assert clock.of("fired", "next_at - last_at") == [(8, timedelta(hours=1))]
+
+
+def test_a_schedule_keeps_its_time_unless_its_timing_changed(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry(), entry("gone"))
+    clock.due(ago=5)
+    rows.atomically(schedules.switch("nightly", False))
+    before = clock.of("next_at")[1]
+    assert clock.declare(entry(misfire="skip", new=new(priority=7))) == []
+    assert clock.of("name", "next_at", "enabled", "misfire") == [("nightly", before[0], False, "skip")]
+    clock.declare(Periodic("nightly", every(60), "once", "allow", new()))
+    ((next_at,),) = clock.of("next_at")
+    assert next_at > before[0]
+
+
+def test_another_apps_schedule_is_left_alone(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry())
+    assert clock.declare(entry(misfire="all"), entry("mine"), app="other") == ["nightly"]
+    assert clock.of("name", "app", "misfire") == [("mine", "other", "once"), ("nightly", "test", "once")]
+    clock.declare(app="other")
+    assert clock.of("name") == [("nightly",)]
+
+
+def test_what_newer_code_has_written_is_left_to_it(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry("broken"), entry("future"), entry())
+    clock.sql("UPDATE {schema}.schedules SET schedule = 'fortnightly' WHERE name = 'broken'")
+    clock.sql("""UPDATE {schema}.schedules SET template = template || '{"moon": 1}' WHERE name = 'future'""")
+    for name in ("broken", "future", "nightly"):
+        clock.due(name)
+    fired = rows.atomically(schedules.fire(()))
+    assert (len(fired.inserted), sorted(fired.unreadable)) == (1, ["broken", "future"])
+    assert rows.atomically(schedules.fire(fired.unreadable)).unreadable == []
+
+
+def test_an_occupied_key_leaves_the_occurrence_out(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry(new=new(correlation_key="one")))
+    for _ in range(2):
+        clock.due()
+        clock.fire()
+    assert clock.of("fired", "skipped") == [(1, 1)]
+    assert clock.inserted == 1
+
+
+def test_running_by_hand_moves_nothing_on(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry(new=new(priority=3)))
+    before = clock.of("next_at")
+    ran = rows.atomically(schedules.run_by_hand("nightly"))
+    assert ran is not None
+    assert ran[1].priority == 3
+    assert clock.of("next_at") == before
+    assert clock.of("last_id", "fired") == [(ran[0], 1)]
+    assert rows.atomically(schedules.run_by_hand("unknown")) is None
+
+
+def test_an_app_declares_and_fires_its_own(app: Durable, connection: Any) -> None:
+    @app.periodic(every(3600), kwargs={"n": 4})
+    @app.task(name="t")
+    def t(n: int) -> int:
+        return n
+
+    (declared,) = app.schedules()
+    assert app.run(schedules.declare(app.name, [declared])) == []
+    connection.execute(f"UPDATE {app.schema}.schedules SET next_at = clock_timestamp()")
+    assert len(app.run(schedules.fire(())).inserted) == 1
+    row = connection.execute(f"SELECT machine, state FROM {app.schema}.instance_view").fetchone()
+    assert row == ("t", {"kwargs": {"n": 4}})
