@@ -19,7 +19,7 @@ from durable import validation
 from durable.batch import Batch, collecting
 from durable.config import Config
 from durable.context import Child, child_of
-from durable.control import Control, delivering
+from durable.control import Control, QueueControl, delivering
 from durable.eager import Eager
 from durable.errors import ValidationError
 from durable.inserter import Inserter, prepare_many
@@ -46,7 +46,7 @@ Target = Definition | type[Machine] | Signature | str
 """What can be inserted: a task, a machine, the name of a registered one, or a signature."""
 
 
-class Durable(Registry):
+class Durable(Registry, QueueControl):
     """An app.
 
     name     for logs and `application_name`

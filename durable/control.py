@@ -1,15 +1,15 @@
-"""Steering instances that are already there: cancelling by id or correlation key, retrying what failed, signalling."""
+"""Steering what is already there: cancelling by id or key, retrying what failed, signalling, pausing queues."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 
 from durable import validation
 from durable.errors import DuplicateError
 from durable.instance import NewSignal
-from durable.storage import instances, signals
+from durable.storage import control, instances, signals
 from durable.storage.instances import Cancelled
 from durable.storage.session import Operation
 from durable.wakeups import Wakeups
@@ -46,6 +46,29 @@ class Control:
             return (await self._writer.awrite(write)) is not None
         except psycopg.errors.UniqueViolation as error:
             raise DuplicateError(*await self._writer.awrite(_asking_rival(instance_id))) from error
+
+    def pause(self, queue: str, reason: str | None) -> bool:
+        """Return whether it was not paused before."""
+        return self._writer.write(self._pausing(queue, reason))
+
+    async def apause(self, queue: str, reason: str | None) -> bool:
+        """`pause` for coroutines."""
+        return await self._writer.awrite(self._pausing(queue, reason))
+
+    def resume(self, queue: str) -> bool:
+        """Return whether it was paused."""
+        return self._writer.write(self._ordering(control.resume(validation.queue(queue))))
+
+    async def aresume(self, queue: str) -> bool:
+        """`resume` for coroutines."""
+        return await self._writer.awrite(self._ordering(control.resume(validation.queue(queue))))
+
+    def _pausing(self, queue: str, reason: str | None) -> Write[bool]:
+        text = None if reason is None else validation.text(reason, "reason", 16_384)
+        return self._ordering(control.pause(validation.queue(queue), text))
+
+    def _ordering(self, operation: Operation[bool]) -> Write[bool]:
+        return Write(operation, lambda _: self._wakeups.orders(), lambda _: (), atomic=False)
 
     def _cancelling(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> Write[Cancelled]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
@@ -84,3 +107,34 @@ def delivering(batch: list[NewSignal], wakeups: Wakeups) -> Write[signals.Delive
         lambda done: wakeups.any_queue() if done.ready else (),
         atomic=signals.may_repeat(batch),
     )
+
+
+class Controllable(Protocol):
+    """What `QueueControl` is mixed into."""
+
+    @property
+    def _control(self) -> Control: ...
+
+
+class QueueControl:
+    """The app's calls that steer queues."""
+
+    def pause(self: Controllable, queue: str, reason: str | None = None) -> bool:
+        """Have no step of a queue begin any more, by whatever worker, until `resume`; False when it was paused.
+
+        Steps that run go on to their end, what is only claimed goes back to the queue. Inserts, signals, schedules and
+        cancels work as ever. What a worker claims at this very moment may still be run.
+        """
+        return self._control.pause(queue, reason)
+
+    async def apause(self: Controllable, queue: str, reason: str | None = None) -> bool:
+        """`pause` for coroutines."""
+        return await self._control.apause(queue, reason)
+
+    def resume(self: Controllable, queue: str) -> bool:
+        """Have a queue worked off again; False when it was not paused."""
+        return self._control.resume(queue)
+
+    async def aresume(self: Controllable, queue: str) -> bool:
+        """`resume` for coroutines."""
+        return await self._control.aresume(queue)

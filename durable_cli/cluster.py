@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import click
 
@@ -11,19 +10,23 @@ from durable.instance import STATUSES
 from durable.storage import inspection
 from durable.storage.inspection import QueueState, Totals, WorkerState
 from durable.storage.session import run
-from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say, seconds
+from durable_cli.output import error_line, heading, print_json, print_pairs, print_table, say
 from durable_cli.run import place
 from durable_cli.session import Session, ask, connected, database_options
+from durable_cli.values import INTERVAL
+from durable_cli.watching import NUMBERS, QUEUE_COLUMNS, RECENT, queue_rows, watch
 
-RECENT = 5
-_NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "workers", "pid", "busy", "id")
+_WORKER_NUMBERS = ("pid", "busy", "id")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @database_options
-@click.pass_obj
-def queues(session: Session) -> None:
-    """Show what waits and runs in each queue."""
+@click.pass_context
+def queues(ctx: click.Context) -> None:
+    """Show what waits and runs in each queue, or set how it is served."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session: Session = ctx.obj
     found = ask(session.database(), inspection.queues())
     if session.as_json:
         print_json([state._asdict() for state in found])
@@ -33,11 +36,14 @@ def queues(session: Session) -> None:
         say("no queue has instances or workers")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @database_options
-@click.pass_obj
-def workers(session: Session) -> None:
-    """Show worker processes and beats."""
+@click.pass_context
+def workers(ctx: click.Context) -> None:
+    """Show worker processes and beats, or ask worker commands to end."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session: Session = ctx.obj
     found = ask(session.database(), inspection.processes())
     if session.as_json:
         print_json([state._asdict() for state in found])
@@ -48,11 +54,18 @@ def workers(session: Session) -> None:
 
 
 @click.command()
+@click.option(
+    "--watch", "interval", is_flag=False, flag_value="2", type=INTERVAL, metavar="[SECONDS]",
+    help="Go on looking: a live page, or with --json or no terminal one JSON document a line.",
+)  # fmt: skip
 @database_options
 @click.pass_obj
-def status(session: Session) -> None:
+def status(session: Session, interval: float | None) -> None:
     """Show one page on everything."""
     app = session.database()
+    if interval is not None:
+        watch(session, app, interval)
+        return
     with connected(app) as connection:
         facts = run(connection, app.sql, inspection.server())
         totals = run(connection, app.sql, inspection.totals())
@@ -119,21 +132,7 @@ def _commands(states: Iterable[WorkerState]) -> str:
 
 
 def _print_queues(states: Iterable[QueueState]) -> None:
-    rows: list[tuple[Any, ...]] = [
-        (
-            state.queue,
-            state.runnable,
-            state.scheduled,
-            state.executing,
-            state.awaiting,
-            seconds(state.oldest),
-            state.workers,
-        )
-        for state in states
-    ]
-    print_table(
-        ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers"), rows, (*_NUMBERS, "oldest")
-    )
+    print_table(QUEUE_COLUMNS, queue_rows(states), NUMBERS)
 
 
 def _print_workers(states: Iterable[WorkerState]) -> None:
@@ -151,4 +150,4 @@ def _print_workers(states: Iterable[WorkerState]) -> None:
         )
         for state in states
     ]
-    print_table(("id", "kind", "name", "host", "pid", "queue", "busy", "started", "alive"), rows, _NUMBERS)
+    print_table(("id", "kind", "name", "host", "pid", "queue", "busy", "started", "alive"), rows, _WORKER_NUMBERS)

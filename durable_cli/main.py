@@ -16,7 +16,20 @@ import click
 from click.shell_completion import get_completion_class
 
 from durable import __version__
-from durable_cli import cancelling, cluster, database, health, instances, limits, retrying, run, schedules, server
+from durable_cli import (
+    cancelling,
+    cluster,
+    database,
+    health,
+    inspecting,
+    instances,
+    limits,
+    retrying,
+    run,
+    schedules,
+    server,
+    steering,
+)
 from durable_cli.exits import EXPECTED, FAILED, INTERRUPTED, OK, explain
 from durable_cli.output import clean, scrub
 from durable_cli.session import Session, app_option, debug_option
@@ -118,9 +131,13 @@ for _command in (
     run.worker, run.beat, database.migrate, server.server, demo,
     instances.call, instances.signal, instances.result, instances.show, instances.list_, cancelling.cancel,
     retrying.retry, instances.purge,
-    cluster.status, cluster.queues, cluster.workers, limits.limits, schedules.schedules, health.healthcheck, completion,
+    cluster.status, cluster.queues, cluster.workers, steering.pause, steering.resume, inspecting.inspect,
+    limits.limits, schedules.schedules, health.healthcheck, completion,
 ):  # fmt: skip
     cli.add_command(_command)
+cluster.queues.add_command(steering.set_queue)
+cluster.workers.add_command(steering.stop)
+cluster.workers.add_command(steering.reload)
 
 
 def main() -> NoReturn:

@@ -134,16 +134,21 @@ def cell(value: Any) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
-    """Print a table, without the columns that are empty in every row; those named in `right` hold numbers."""
+    """Print a table; see `table`."""
+    _print(table(columns, rows, right))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
+    """Return a table, without the columns that are empty in every row; those named in `right` hold numbers."""
     cells = [[cell(value) for value in row] for row in rows]
     kept = [index for index in range(len(columns)) if any(row[index] for row in cells)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index in kept:
         name = columns[index]
-        table.add_column(name.upper(), justify="right" if name in right else "left", overflow="fold")
+        made.add_column(name.upper(), justify="right" if name in right else "left", overflow="fold")
     for row in cells:
-        table.add_row(*(Text(row[index]) for index in kept))
-    _print(table)
+        made.add_row(*(Text(row[index]) for index in kept))
+    return made
 
 
 def print_pairs(pairs: Iterable[tuple[str, Any]], indent: int = 0) -> None:

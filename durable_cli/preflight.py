@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from durable import Durable
 from durable.runtime.process import describe_exit, fork
-from durable.storage import inspection, migrations
+from durable.storage import control, inspection, migrations
 from durable.storage.session import run
 from durable_cli.exits import CONFIG, EXPECTED, CommandError, explain
 from durable_cli.output import scrub
@@ -25,6 +25,8 @@ class Found(NamedTuple):
 
     server: inspection.ServerFacts
     remark: str | None
+    concurrency: dict[str, int]
+    """Queue -> processes that are ordered for it."""
 
 
 def look(app: Durable) -> Found:
@@ -50,7 +52,7 @@ def look(app: Durable) -> Found:
     if "error" in told:
         raise CommandError(told["error"], CONFIG)
     app.embedded_schema_made = True  # so that not each forked process makes sure of it again
-    return Found(inspection.ServerFacts(*told["server"]), told["remark"])
+    return Found(inspection.ServerFacts(*told["server"]), told["remark"], told["concurrency"])
 
 
 def _tell(app: Durable, reader: int, writer: int) -> int:
@@ -59,7 +61,9 @@ def _tell(app: Durable, reader: int, writer: int) -> int:
     try:
         with connected(app, schema_needed=False) as connection:
             remark = migrations.check(connection, app.schema)
-            told = {"server": run(connection, app.sql, inspection.server()), "remark": remark}
+            states = run(connection, app.sql, control.concurrencies())
+            server = run(connection, app.sql, inspection.server())
+            told = {"server": server, "remark": remark, "concurrency": states}
     except EXPECTED as error:
         told = {"error": scrub(explain(error)[0])}
     except Exception:

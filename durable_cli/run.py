@@ -16,11 +16,11 @@ from psycopg.conninfo import conninfo_to_dict
 from durable import Durable, __version__, telemetry, validation
 from durable.runtime.beat import Beat
 from durable.runtime.process import name_process
-from durable.runtime.supervisor import Supervisor
+from durable.runtime.supervisor import SPARE, Supervisor
 from durable_cli import logs, metrics, preflight
 from durable_cli.output import flush, note, print_json
 from durable_cli.session import Session, app_options
-from durable_cli.values import BYTES, NAME, PREFETCH, SECONDS, Checked
+from durable_cli.values import AUTOSCALE, BYTES, NAME, PREFETCH, SECONDS, Checked
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,14 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _start(count: int | None, autoscale: tuple[int, int] | None) -> int:
+    """How many processes a queue starts with: what was said, else MIN, else one per CPU."""
+    if autoscale is None:
+        return count or _cpus()
+    least, most = autoscale
+    return min(max(count or least, least), most)
+
+
 loglevel_option = click.option(
     "-l", "--loglevel", type=click.Choice(logs.LEVELS, case_sensitive=False), default="info", show_default=True,
     help="Log from this level on, to stderr.",
@@ -68,6 +76,10 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
 @click.option(
     "-c", "--concurrency", type=click.IntRange(1, MOST_PROCESSES), metavar="N",
     help="Worker processes per queue; else one per CPU.",
+)  # fmt: skip
+@click.option(
+    "--autoscale", type=AUTOSCALE, metavar="MIN,MAX",
+    help="Processes per queue: more when work waits a second, fewer when some are free; -c is where it starts.",
 )  # fmt: skip
 @click.option("-B", "--beat", is_flag=True, help="Run a beat inside.")
 @loglevel_option
@@ -89,6 +101,7 @@ def worker(
     ctx: click.Context,
     queues: Mapping[str, int | None],
     concurrency: int | None,
+    autoscale: tuple[int, int] | None,
     beat: bool,
     loglevel: str,
     log_format: str,
@@ -104,8 +117,8 @@ def worker(
     SIGTERM or Ctrl-C ends it in order, a second one at once; SIGHUP replaces it by a fresh one.
     """
     session: Session = ctx.obj
-    counts = {queue: count or concurrency or _cpus() for queue, count in queues.items()}
-    processes = sum(counts.values())
+    counts = {queue: _start(count or concurrency, autoscale) for queue, count in queues.items()}
+    processes = sum(max(count, autoscale[1] if autoscale else 0) for count in counts.values())
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
     ctx.with_resource(metrics.shared(metrics_port))
@@ -126,7 +139,11 @@ def worker(
     _announce(session, "worker", facts, log_format, connections_warning(processes, found.server.max_connections))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen when they print it
-    ctx.exit(Supervisor(app, counts, name, beat=beat).run())
+    room = {
+        queue: max(count + SPARE, autoscale[1] if autoscale else 0, found.concurrency.get(queue, 0))
+        for queue, count in counts.items()
+    }
+    ctx.exit(Supervisor(app, counts, name, beat=beat, room=room, autoscale=autoscale).run())
 
 
 @click.command()

@@ -67,6 +67,13 @@ def _seconds(text: str) -> float:
         raise ValueError(f"{validation.shown(text)} is no number of seconds from 0 to ten years") from None
 
 
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if not 0.1 <= value <= 3600:
+        raise ValueError(f"{validation.shown(text)} is no interval from 0.1 to 3600 seconds")
+    return value
+
+
 def _moment(text: str) -> datetime:
     try:
         value = datetime.fromisoformat(text)
@@ -115,6 +122,22 @@ def _prefetch(text: str) -> str | int:
     return int(text)
 
 
+def _autoscale(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 1000:
+        raise ValueError(f"{validation.shown(text)} is no MIN,MAX with 1 <= MIN <= MAX <= 1000")
+    return int(match[1]), int(match[2])
+
+
+def concurrency(text: str) -> int | str:
+    """Accept a number of worker processes, or auto for as each command was started."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
+        raise ValueError(f"{validation.shown(text)} is neither auto nor a number of processes from 1 to 1000")
+    return int(text)
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12})(|KB|MB|GB|KiB|MiB|GiB)", text)
     if match is None or int(match[1]) < 1:
@@ -146,6 +169,7 @@ QUEUE = Checked("queue", validation.queue)
 KEY = Checked("key", lambda text: validation.text(text, "a correlation key"))
 REASON = Checked("text", lambda text: validation.text(text, "the reason", 16_384))
 SECONDS = Checked("seconds", _seconds)
+INTERVAL = Checked("seconds", _interval)
 MOMENT = Checked("time", _moment)
 SECONDS_OR_MOMENT = Checked("seconds or time", _seconds_or_moment)
 JSON_ARRAY = Checked("json", _json(list, "a JSON array like '[1, \"two\"]'"))
@@ -156,4 +180,6 @@ DEDUP_KEY = Checked("key", _dedup_key)
 BYTES = Checked("size", _bytes)
 SCHEDULE = Checked("name", lambda text: validation.text(text, "a schedule's name"))
 PREFETCH = Checked("auto|n", _prefetch)
+AUTOSCALE = Checked("min,max", _autoscale)
+CONCURRENCY = Checked("n|auto", concurrency)
 NAME = Checked("name", _worker_name)

@@ -193,6 +193,6 @@ def schema(database: str, shared_schema: str) -> Iterator[str]:
     """
     yield shared_schema
     with psycopg.connect(database, autocommit=True, options="-c lock_timeout=10s") as connection:
-        for table in ("instances", "history", "workers", "schedules", "limits", "gates", "buckets"):
+        for table in ("instances", "history", "workers", "schedules", "limits", "gates", "buckets", "queues"):
             connection.execute(f"DELETE FROM {shared_schema}.{table}")
         connection.execute(f"UPDATE {shared_schema}.duties SET ran_at = '-infinity'")

@@ -10,6 +10,7 @@ wake-up, and so that the supervisor needs no socket.
 * A claim that is to be terminated has its process killed (termination.py); a notification says when to look, and the
   poll finds those that were missed, or are entered later.
 * The supervisor reports each dead child with what it was running: its rows go back at once.
+* Orders (a queue paused, a command to end; orders.py) are looked for at each heartbeat and when a notification says so.
 * It promotes what is due and reaps, so that a missing beat costs about a second; GC only when no beat did it.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -32,13 +34,15 @@ from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
+from durable.runtime.orders import Orders
 from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
-from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
+from durable.runtime.ringing import Ringer
+from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
 from durable.storage import claims, lanes, maintenance, partitions, schedules, workers
 from durable.storage.session import describe
-from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, parse, queue_channel
+from durable.wakeups import ANY_QUEUE, INSPECT, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,14 @@ class Agent:
     """
 
     def __init__(
-        self, app: Durable, name: str, queues: Sequence[str], seats: SharedSeats, bells: Sequence[Bell], inbox: int
+        self,
+        app: Durable,
+        name: str,
+        queues: Sequence[str],
+        seats: SharedSeats,
+        bells: Sequence[Bell],
+        inbox: int,
+        autoscale: tuple[int, int] | None = None,
     ) -> None:
         self._app = app
         self._name = name
@@ -82,15 +93,19 @@ class Agent:
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
         self._firing = Firing(app, self._link)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
+        self._orders = Orders(self._link, self._queues, seats, bells, autoscale)
+        ringer = Ringer(self._queues, seats, bells)
+        self._idle, self._ring = ringer.idle, ringer.ring
+        self._hint_busy, self._hint_suspect = ringer.hint_busy, ringer.hint_suspect
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
-        self._turn_of: dict[str, int] = {}
         now = time.monotonic()
         self._heartbeat_at = now
         self._probe_at = now
         self._look_again_at = now
         self._reap_at = now + conf.reconcile_interval
         self._terminate_at = now
+        self._orders_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
         self._schedules_at = now + conf.beat_grace
         self._fires = False
@@ -149,16 +164,21 @@ class Agent:
         if now >= self._heartbeat_at:
             self._heartbeat()
             self._heartbeat_at = now + conf.heartbeat_interval
+            self._orders_at = now
         if self._deaths:
             self._hand_back()
         if self._listener.tend():
             # What came before is known to nobody here; the probe alone would see no row of an unknown task.
-            self._probe_at = now
+            self._probe_at = self._orders_at = now
             for queue in dict.fromkeys(self._queues):
                 self._ring(queue, 1, RESCAN)
         ping = self._listener.ping()
         if ping is not None:
             self._link.run(ping)
+        if now >= self._orders_at:
+            self._orders_at = math.inf
+            self._orders.look()
+        self._orders.scale(now)
         if now >= self._reap_at and conf.reaper:
             self._reap()
         if now >= self._probe_at:
@@ -173,7 +193,7 @@ class Agent:
         self._wait()
 
     def _wait(self) -> None:
-        due = min(self._heartbeat_at, self._probe_at, self._terminate_at)
+        due = min(self._heartbeat_at, self._probe_at, self._terminate_at, self._orders_at)
         if self._deaths:
             due = min(due, time.monotonic() + 0.05)
         self._listen_until(due)
@@ -265,6 +285,12 @@ class Agent:
         if payload == TERMINATE:
             self._terminate_at = time.monotonic()
             return
+        if payload == INSPECT:
+            self._heartbeat_at = time.monotonic()
+            return
+        if payload == ORDERS:
+            self._orders_at = time.monotonic()
+            return
         parsed = parse(payload)
         if parsed is None:
             log.debug("a notification that is not ours: %r", payload[:80])
@@ -285,35 +311,6 @@ class Agent:
             self._look_again_at = time.monotonic() + LOOK_AGAIN
             self._probe_at = min(self._probe_at, self._look_again_at)
 
-    def _hint_busy(self, queue: str) -> None:
-        for index, name in enumerate(self._queues):
-            if name == queue:
-                self._seats.seat(index).hint(RESCAN)
-
-    def _idle(self, queue: str) -> list[int]:
-        return [
-            index for index, name in enumerate(self._queues) if name == queue and self._seats.seat(index).state == IDLE
-        ]
-
-    def _ring(self, queue: str, count: int, flags: int) -> None:
-        """Wake as many idle children of a queue as there are rows, a different one first each time."""
-        idle = self._idle(queue)
-        turn = self._turn_of.get(queue, 0)
-        self._turn_of[queue] = turn + 1
-        for offset in range(min(count, len(idle))):
-            index = idle[(turn + offset) % len(idle)]
-            if flags:
-                self._seats.seat(index).hint(flags)
-            self._bells[index].ring()
-
-    def _hint_suspect(self, queue: str) -> None:
-        """Have one child claim a suspect: an idle one, else a busy one, which lets its buffer run dry for it."""
-        seats = self._idle(queue) or [index for index, name in enumerate(self._queues) if name == queue]
-        index = seats[self._turn_of.get(queue, 0) % len(seats)]
-        self._turn_of[queue] = self._turn_of.get(queue, 0) + 1
-        self._seats.seat(index).hint(SUSPECT)
-        self._bells[index].ring()
-
     # On the clock
 
     def _heartbeat(self) -> None:
@@ -324,7 +321,8 @@ class Agent:
         if not seated:
             return
         sent = time.monotonic()
-        alive = self._link.run(workers.heartbeat(list(seated), ttl))
+        entered = {worker: self._seats.seat(index).running(sent) for worker, index in seated.items()}
+        alive = self._link.run(workers.heartbeat(list(seated), ttl, entered))
         for worker, index in seated.items():
             seat = self._seats.seat(index)
             if seat.worker_id != worker:

@@ -7,6 +7,7 @@ here. SIGTERM drains, SIGQUIT stops now; both give back every claim.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -30,6 +31,8 @@ SWITCH_INTERVAL = 0.0005
 worth of steps each time an answer arrives."""
 LOOK_AT_MEMORY = 0.1
 """Seconds between two looks at the size of the process."""
+RETIRE = signal.SIGUSR1
+"""Tells a process too many to end once its step has."""
 QUIT_PATIENCE = 1.5
 """Seconds that a stop-now spends on giving claims back."""
 
@@ -43,9 +46,10 @@ class Stop:
         self.at: float | None = None
 
     def listen(self) -> None:
-        """Install the handlers: SIGTERM drains, SIGQUIT stops now, SIGINT is the supervisor's."""
+        """Install the handlers: SIGTERM drains, RETIRE without hurry, SIGQUIT stops now, SIGINT is the supervisor's."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop(self._drain_timeout))
         signal.signal(signal.SIGQUIT, lambda *_: self._stop(0.0))
+        signal.signal(RETIRE, lambda *_: self._stop(math.inf))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 

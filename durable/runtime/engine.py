@@ -94,7 +94,7 @@ class Engine:
         )
         executor = Executor(app, coroutines, self._step_connections.begin)
         self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns, self._stopping)
-        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox)
+        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox, seat)
         self._saturation = Saturation(queue, self.slot, self.buffer, self.outbox, self._pacing)
         self._held: dict[int, int] = {}
         self._limited = LimitedPicker(self._link, queue, app.wakeups)
@@ -154,9 +154,9 @@ class Engine:
     # Lease
 
     def _register(self) -> None:
-        before = time.monotonic()
-        ttl = self._app.conf.lease_ttl
-        me = identity.own("worker", self._name, self._queue, command=os.getppid())
+        before, ttl = time.monotonic(), self._app.conf.lease_ttl
+        tasks = [f"{task}:{version}" for task, version in (*self._app.tasks, *self._app.machines)]
+        me = identity.own("worker", self._name, self._queue, command=os.getppid(), tasks=tasks)
         while True:
             try:
                 self._worker = self._link.run(workers.register(me, ttl))
@@ -186,7 +186,7 @@ class Engine:
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
         waiting = [commit for commit in owned if commit.flushed is None]
-        if self._stopping():
+        if self._stopping() or self._seat.paused:
             for commit in waiting:
                 if commit.status == "executing":
                     commit.status = "runnable"  # nothing new begins here: somebody else takes the next step

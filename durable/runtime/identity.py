@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from durable.storage.workers import Identity
@@ -44,8 +45,17 @@ def exists(pid: int, started: str) -> bool:
     return True
 
 
-def own(kind: str, name: str, queue: str | None = None, slots: int = 1, command: int | None = None) -> Identity:
+def own(
+    kind: str,
+    name: str,
+    queue: str | None = None,
+    slots: int = 1,
+    command: int | None = None,
+    tasks: Sequence[str] = (),
+) -> Identity:
     """Return the identity of the calling process; `command` is the pid of its supervisor, None when it has none."""
     pid = os.getpid()
     command = pid if command is None else command
-    return Identity(kind, name, socket.gethostname(), boot_id(), pid, command, process_start(command), queue, slots)
+    return Identity(
+        kind, name, socket.gethostname(), boot_id(), pid, command, process_start(command), queue, slots, tasks
+    )

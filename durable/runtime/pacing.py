@@ -9,6 +9,7 @@ import time
 
 from durable.config import Config
 from durable.runtime.buffer import Buffer, Outbox
+from durable.runtime.shared import Seat
 from durable.runtime.slot import SHORT_STEP, Slot
 
 BUFFERED_WORK = 0.03
@@ -21,11 +22,12 @@ MAX_PREFETCH = 400
 class Pacing:
     """The policy of one worker process."""
 
-    def __init__(self, conf: Config, slot: Slot, buffer: Buffer, outbox: Outbox) -> None:
+    def __init__(self, conf: Config, slot: Slot, buffer: Buffer, outbox: Outbox, seat: Seat) -> None:
         self._conf = conf
         self._slot = slot
         self._buffer = buffer
         self._outbox = outbox
+        self._seat = seat
 
     def target(self) -> int:
         """How many rows the buffer should hold; one until the first step has shown how long steps take."""
@@ -41,6 +43,8 @@ class Pacing:
 
         buffering  False: only for a slot that waits (a suspect is claimed alone: the buffer runs dry for it)
         """
+        if self._seat.paused:
+            return 0
         target, waiting = self.target(), len(self._buffer)
         if self._buffer.slot_waits and not waiting:
             return max(1, target)
@@ -53,7 +57,7 @@ class Pacing:
         return room if room >= least else 0
 
     def keep(self, entered_at: float) -> int | None:
-        """How many buffered rows to keep: none behind a long step, few when they hold far more work than meant.
+        """How many buffered rows to keep: none behind a long step or of a paused queue, few when they hold too much.
 
         entered_at  time.monotonic() when the running step began
         Returns None when nothing is to be given back.
@@ -61,6 +65,8 @@ class Pacing:
         waiting = len(self._buffer)
         if not waiting:
             return None
+        if self._seat.paused:
+            return 0
         if self._slot.running:
             ran = time.monotonic() - entered_at
             if ran > BEHIND_A_LONG_STEP:

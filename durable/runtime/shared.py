@@ -14,19 +14,22 @@ a child that dies leaves here what it was running.
     lost            a worker_id the agent found dead                                agent writes
     pid             of the child that sits here                                     supervisor writes
     hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
+    paused          whether the child's queue is                                    agent writes
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
 
-_FIELDS = 10
-_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS = range(_FIELDS)
+_FIELDS = 11
+(_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS,
+ _PAUSED) = range(_FIELDS)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +41,46 @@ class Entered:
 
 
 class SharedSeats:
-    """The memory itself; `seat(n)` is one child's part of it."""
+    """The memory itself; `seat(n)` is one child's part of it.
 
-    def __init__(self, count: int) -> None:
-        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 1) * 8))
+    started  how many processes each queue starts with; how many it is to have is written here by the agent
+    bell     wakes the supervisor
+    """
+
+    def __init__(self, count: int, started: Sequence[int] = (1,)) -> None:
+        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 2 + len(started)) * 8))
+        self.bell = Bell()
+        self.started = tuple(started)
         view = memoryview(self._memory)
         self._integers: memoryview[int] = view.cast("q")
         self._floats: memoryview[float] = view.cast("d")
         self._database_up = count * _FIELDS
         self.count = count
+        for queue, processes in enumerate(started):
+            self.want(queue, processes)
 
     def seat(self, index: int) -> Seat:
         """Return seat number `index`."""
         return Seat(self._integers, self._floats, index * _FIELDS)
+
+    def wanted(self, queue: int) -> int:
+        """How many processes a queue is to have, by its number."""
+        return int(self._integers[self._database_up + 2 + queue])
+
+    def want(self, queue: int, processes: int) -> None:
+        """Agent: have so many processes serve a queue; ring the bell then."""
+        self._integers[self._database_up + 2 + queue] = processes
+
+    def ask(self, signal: int) -> None:
+        """Agent: have the supervisor do as if it had got a signal; ring the bell then."""
+        self._integers[self._database_up + 1] = signal
+
+    def take_asked(self) -> int:
+        """Supervisor: the signal asked for since the last call, 0 for none."""
+        signal = int(self._integers[self._database_up + 1])
+        if signal:
+            self._integers[self._database_up + 1] = 0
+        return signal
 
     @property
     def database_up(self) -> bool:
@@ -135,6 +165,11 @@ class Seat:
         instance_id = int(self._integers[self._base + _ENTERED_ID])
         return Entered(instance_id, int(self._integers[self._base + _ENTERED_TOKEN])) if instance_id else None
 
+    def running(self, now: float) -> list[tuple[int, int, float]]:
+        """What is being stepped: (id, token, seconds since it began) of each."""
+        entered = self.entered
+        return [] if entered is None else [(entered.id, entered.token, max(0.0, now - self.entered_at))]
+
     @property
     def entered_at(self) -> float:
         return float(self._floats[self._base + _ENTERED_AT])
@@ -142,6 +177,14 @@ class Seat:
     @property
     def limit_at(self) -> float:
         return float(self._floats[self._base + _LIMIT_AT])
+
+    @property
+    def paused(self) -> bool:
+        return bool(self._integers[self._base + _PAUSED])
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._integers[self._base + _PAUSED] = int(value)
 
     def hint(self, flags: int) -> None:
         """Ask the child to look again; a hint that is overwritten by a race costs at most a second."""

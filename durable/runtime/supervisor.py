@@ -31,16 +31,18 @@ from durable.app import Durable
 from durable.celery_signals import worker_init, worker_ready, worker_shutdown
 from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
-from durable.runtime.child import run_child
+from durable.runtime.child import RETIRE, run_child
 from durable.runtime.executor import time_limits
 from durable.runtime.process import describe_exit, fork
-from durable.runtime.shared import Bell, SharedSeats
+from durable.runtime.shared import IDLE, Bell, SharedSeats
 from durable.runtime.termination import kill_running
 
 log = logging.getLogger(__name__)
 
 LIMIT_LOOK = 0.2
 """Seconds between two looks for steps beyond their time limit, if anything has one."""
+SPARE = 16
+"""Places per queue beyond those it starts with, for a larger number set while it runs."""
 KILL_AFTER_DRAIN = 2.0
 """Seconds beyond its drain time after which a child that doesn't end is killed."""
 FORK_PAUSE_MOST = 5.0
@@ -58,6 +60,7 @@ class Place:
     fork_at: float = 0.0
     pause: float = 0.0
     stopped_at: float | None = None
+    retiring: bool = False
     reason: str = ""
     """Why it was killed, if we did it."""
 
@@ -65,21 +68,37 @@ class Place:
 class Supervisor:
     """Runs one worker command.
 
-    queues  queue -> number of worker processes
-    beat    whether a beat is forked too
+    queues     queue -> number of worker processes at the start
+    room       queue -> the most there can be until it is reloaded; else SPARE more
+    autoscale  fewest and most per queue, by how long work waits
+    beat       whether a beat is forked too
     """
 
-    def __init__(self, app: Durable, queues: Mapping[str, int], name: str, *, beat: bool = False) -> None:
+    def __init__(
+        self,
+        app: Durable,
+        queues: Mapping[str, int],
+        name: str,
+        *,
+        beat: bool = False,
+        room: Mapping[str, int] | None = None,
+        autoscale: tuple[int, int] | None = None,
+    ) -> None:
         self._app = app
         self._name = name
         self._beat_wanted = beat
-        self._places = [Place(queue) for queue, count in queues.items() for _ in range(count)]
-        self._seats = SharedSeats(len(self._places))
+        self._autoscale = autoscale
+        self._queues = list(queues)
+        room = room or {}
+        self._places = [
+            Place(queue) for queue, count in queues.items() for _ in range(max(count, room.get(queue, count + SPARE)))
+        ]
+        self._seats = SharedSeats(len(self._places), list(queues.values()))
         self._time_limits = bool(time_limits(app))
         self._inbox, self._to_agent = os.pipe()
         self._agent_pid = 0
         self._beat_pid = 0
-        self._waker = Bell()
+        self._waker = self._seats.bell
         self._signals: list[int] = []
         self._draining: float | None = None
         self._reload = False
@@ -96,11 +115,10 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # what was imported stays on pages the children share
         self._fork_agent()
-        for index in range(len(self._places)):
-            self._fork_child(index)
+        self._fill_places()
         if self._beat_wanted:
             self._fork_beat()
-        log.info("worker %s: %d processes", self._name, len(self._places))
+        log.info("worker %s: %d processes", self._name, sum(self._seats.started))
         worker_ready.send(self._name)
         while not (self._draining is not None and self._all_gone()):
             self._turn()
@@ -122,21 +140,27 @@ class Supervisor:
         self._waker.silence()
         while self._signals:
             self._take_signal(self._signals.pop(0))
+        asked = self._seats.take_asked()
+        if asked and self._draining is None:
+            self._take_signal(asked)
+        elif asked == signal.SIGTERM:
+            self._reload = False  # it ends already, and is to stay away
         self._collect_dead()
         self._kill_overdue()
         if self._time_limits:
             self._kill_beyond_limit()
         if self._draining is None:
-            self._replace_dead()
+            self._fill_places()
+            self._retire_surplus()
 
     def _next_due(self) -> float:
         """Seconds until something must be looked at though no signal comes."""
         if self._draining is not None or any(place.stopped_at is not None for place in self._places):
             return 0.2
-        if self._time_limits:
+        if self._time_limits or any(self._surplus(number) for number in range(len(self._queues))):
             return LIMIT_LOOK
         now = time.monotonic()
-        waits = [place.fork_at - now for place in self._places if not place.pid]
+        waits = [self._places[index].fork_at - now for index in self._lacking()]
         return max(0.0, min([60.0, *waits]))
 
     def _take_signal(self, number: int) -> None:
@@ -196,7 +220,7 @@ class Supervisor:
                 self._fork_beat()
 
     def _child_ended(self, place: Place, status: int) -> None:
-        pid, place.pid, place.stopped_at = place.pid, 0, None
+        pid, place.pid, place.stopped_at, retired, place.retiring = place.pid, 0, None, place.retiring, False
         seat = self._seats.seat(self._places.index(place))
         clean = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
         if seat.worker_id and not clean:
@@ -217,7 +241,8 @@ class Supervisor:
             place.pause = min(FORK_PAUSE_MOST, max(0.05, place.pause * 2))
         if self._draining is None:
             level = logging.INFO if clean else logging.WARNING
-            log.log(level, "worker process %d (queue %s) %s; it is replaced", pid, place.queue, describe_exit(status))
+            then = "was one too many" if retired else "is replaced"
+            log.log(level, "worker process %d (queue %s) %s; it %s", pid, place.queue, describe_exit(status), then)
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
@@ -249,11 +274,43 @@ class Supervisor:
             place.reason = f": its step ran longer than its time_limit of {ran:g} s"
             log.warning("worker process %d is killed%s", place.pid, place.reason, extra={"instance": entered.id})
 
-    def _replace_dead(self) -> None:
+    # As many as are wanted
+
+    def _fill_places(self) -> None:
         now = time.monotonic()
-        for index, place in enumerate(self._places):
-            if not place.pid and now >= place.fork_at:
+        for index in self._lacking():
+            if now >= self._places[index].fork_at:
                 self._fork_child(index)
+
+    def _lacking(self) -> list[int]:
+        """The places to fill: those left last first, so that the pause after a crash is kept."""
+        found = []
+        for number, queue in enumerate(self._queues):
+            free = [index for index, place in enumerate(self._places) if place.queue == queue and not place.pid]
+            free.sort(key=lambda index: self._places[index].fork_at, reverse=True)
+            found += free[: max(0, -self._surplus(number))]
+        return found
+
+    def _surplus(self, number: int) -> int:
+        """How many processes a queue has beyond those wanted; negative: lacks."""
+        queue = self._queues[number]
+        serving = sum(1 for place in self._places if place.queue == queue and place.pid and not place.retiring)
+        return serving - self._seats.wanted(number)
+
+    def _retire_surplus(self) -> None:
+        """Have as many end as are too many, idle ones first; one that has yet to register is met later."""
+        for number, queue in enumerate(self._queues):
+            surplus = self._surplus(number)
+            if surplus <= 0:
+                continue
+            serving = [
+                (self._seats.seat(index).state != IDLE, -index, place)
+                for index, place in enumerate(self._places)
+                if place.queue == queue and place.pid and not place.retiring and self._seats.seat(index).worker_id
+            ]
+            for _, _, place in sorted(serving, key=lambda entry: entry[:2])[:surplus]:
+                place.retiring = True
+                _kill(place.pid, RETIRE)
 
     # Forking
 
@@ -277,6 +334,7 @@ class Supervisor:
             self._seats,
             [place.bell for place in self._places],
             self._inbox,
+            self._autoscale,
         )
         # The agent must see the end of the pipe when the supervisor is gone, so it keeps no writing end itself.
         self._agent_pid = self._fork(lambda: self._be_agent(agent), "durable:agent", "agent")

@@ -6,8 +6,10 @@
 -- instead of 15).
 
 -- name: claim
--- Flip at most `limit` runnable, unlimited rows of one queue to executing, best first, from a position in the pick order.
--- Nothing is claimed unless the worker's own lease is live; the key share lock on it makes a reaper wait for us.
+-- Flip at most `limit` runnable, unlimited rows of one queue to executing, best first, from a position in the
+-- pick order.
+-- Nothing is claimed from a paused queue, nor unless the worker's own lease is live; the key share lock on it makes a
+-- reaper wait for us.
 -- A lost claim costs nothing (worker, token and version fence what follows), so its commit does not wait for the disk.
 -- Params: worker bigint, queue text, from_priority int, from_time timestamptz, to_priority int, unknown text[]
 --         ("name:version" of machines this worker does not know), limit bigint.
@@ -15,6 +17,7 @@
 WITH me AS MATERIALIZED (
     SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
     WHERE w.id = %(worker)s AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+      AND NOT EXISTS (SELECT FROM {schema}.queues AS q WHERE q.name = %(queue)s AND q.paused_at IS NOT NULL)
     FOR KEY SHARE
 ), picked AS MATERIALIZED (
     SELECT i.ctid AS row FROM {schema}.instances AS i
@@ -43,6 +46,7 @@ RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.mach
 WITH me AS MATERIALIZED (
     SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
     WHERE w.id = %(worker)s AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+      AND NOT EXISTS (SELECT FROM {schema}.queues AS q WHERE q.name = %(queue)s AND q.paused_at IS NOT NULL)
     FOR KEY SHARE
 ), picked AS MATERIALIZED (
     SELECT i.ctid AS row FROM {schema}.instances AS i

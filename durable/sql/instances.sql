@@ -225,12 +225,15 @@ WHERE status IN ('runnable', 'scheduled') AND version = 0
   AND (%(queue)s::text IS NULL OR queue = %(queue)s);
 
 -- name: queues
--- Each queue's live counts and the age of its oldest runnable instance in seconds.
+-- Each queue's live counts, the age of its oldest runnable instance in seconds, and what is ordered for it.
 SELECT q.queue, coalesce(i.runnable, 0), coalesce(i.scheduled, 0), coalesce(i.executing, 0), coalesce(i.awaiting, 0),
-       i.oldest, coalesce(w.workers, 0)
+       i.oldest, coalesce(w.workers, 0), k.paused_at, k.reason, k.concurrency
 FROM (SELECT queue FROM {schema}.instances
       UNION SELECT queue FROM {schema}.workers
-      WHERE kind = 'worker' AND dead_at IS NULL AND queue IS NOT NULL) AS q
+      WHERE kind = 'worker' AND dead_at IS NULL AND queue IS NOT NULL
+      UNION SELECT name FROM {schema}.queues
+      WHERE paused_at IS NOT NULL OR concurrency IS NOT NULL) AS q
+LEFT JOIN {schema}.queues AS k ON k.name = q.queue
 LEFT JOIN (
     SELECT queue, count(*) FILTER (WHERE status = 'runnable') AS runnable,
            count(*) FILTER (WHERE status = 'scheduled') AS scheduled,
@@ -273,6 +276,25 @@ FROM (SELECT id, machine, queue, status, finished_at, error FROM {schema}.instan
       SELECT id, machine, queue, status, finished_at, error FROM {schema}.history) AS every
 WHERE status = 'failed' AND finished_at > clock_timestamp() - interval '1 day'
 ORDER BY finished_at DESC LIMIT %(limit)s;
+
+-- name: history_end
+-- The database's clock half a second ago, and where the day's part of the history ends, for `finished_between`.
+-- What finished before that moment is committed by now. Rows: moment, day, block.
+SELECT moment, day,
+       coalesce(pg_relation_size(to_regclass('{schema}.history_' || day)) / current_setting('block_size')::bigint, 0)
+FROM (SELECT clock_timestamp() - interval '0.5 s' AS moment,
+             to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYYMMDD') AS day) AS now;
+
+-- name: finished_between
+-- How many instances finished in a span of one day, by queue. Rows are appended to the history: only its end is read,
+-- from the block where it ended at the span's start. Params: since, until timestamptz; block bigint. Rows: queue, count.
+SELECT queue, count(*)
+FROM (SELECT queue FROM {schema}.history
+      WHERE finished_at > %(since)s AND finished_at <= %(until)s
+        AND ctid >= ('(' || %(block)s::bigint || ',0)')::tid
+      UNION ALL
+      SELECT queue FROM {schema}.instances WHERE finished_at > %(since)s AND finished_at <= %(until)s) AS every
+GROUP BY queue;
 
 -- name: executions
 -- How the finished instances of a queue got there. Params: queue text.

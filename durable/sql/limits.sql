@@ -10,22 +10,26 @@
 -- part of a deadlock. Two claims keep off each other by an advisory lock per key and per bucket.
 
 -- name: limited_waits
--- Whether a queue has limited candidates, and in how many seconds the next token lane opens (null: none will).
--- Params: queue text, unknown text[]. Rows: candidates, opens_in.
-SELECT EXISTS (
+-- Whether a queue has limited candidates, and in how many seconds the next token lane opens (null: none will). A paused
+-- queue has nothing to look for. Params: queue text, unknown text[]. Rows: candidates, opens_in.
+WITH paused AS MATERIALIZED (
+    SELECT FROM {schema}.queues WHERE name = %(queue)s AND paused_at IS NOT NULL
+)
+SELECT NOT EXISTS (SELECT FROM paused) AND EXISTS (
            SELECT FROM {schema}.instances AS i
            WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.lane IS NULL
              AND (i.concurrency_key IS NOT NULL OR i.rate_limit IS NOT NULL)
              AND (cardinality(%(unknown)s::text[]) = 0
                   OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))),
        (SELECT extract(epoch FROM min(opens_at) - clock_timestamp())::float8 FROM {schema}.buckets
-        WHERE opens_at IS NOT NULL);
+        WHERE opens_at IS NOT NULL AND NOT EXISTS (SELECT FROM paused));
 
 -- name: live_lease
--- Whether a worker may claim, for the whole transaction; as in `claim`, which says why.
--- Params: worker bigint. Rows: id, the asynchronous commit. Locks: workers row FOR KEY SHARE.
+-- Whether a worker may claim from a queue, for the whole transaction; as in `claim`, which says why.
+-- Params: worker bigint, queue text. Rows: id, the asynchronous commit. Locks: workers row FOR KEY SHARE.
 SELECT w.id, set_config('synchronous_commit', 'off', true) FROM {schema}.workers AS w
 WHERE w.id = %(worker)s AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+  AND NOT EXISTS (SELECT FROM {schema}.queues AS q WHERE q.name = %(queue)s AND q.paused_at IS NOT NULL)
 FOR KEY SHARE;
 
 -- name: unlimited_head

@@ -1,22 +1,28 @@
 -- Leases of worker processes and beats, and what happens to the rows of those that die.
 
 -- name: register
--- A new lease. Params: kind, name, host, boot_id, command_start, queue text; pid, command_pid, slots int; ttl float8.
+-- A new lease. Params: kind, name, host, boot_id, command_start, queue text; pid, command_pid, slots int; ttl float8;
+--         tasks text[] ("name:version").
 -- Rows: id.
-INSERT INTO {schema}.workers (kind, name, host, boot_id, pid, command_pid, command_start, queue, slots, expires_at)
+INSERT INTO {schema}.workers (kind, name, host, boot_id, pid, command_pid, command_start, queue, slots, expires_at,
+                               tasks)
 VALUES (%(kind)s, %(name)s, %(host)s, %(boot_id)s, %(pid)s, %(command_pid)s, %(command_start)s, %(queue)s, %(slots)s,
-        clock_timestamp() + make_interval(secs => %(ttl)s))
+        clock_timestamp() + make_interval(secs => %(ttl)s), %(tasks)s::text[])
 RETURNING id;
 
 -- name: heartbeat
 -- Extend the leases that are still alive; one that is missing in the answer is dead for ever.
--- Params: ids bigint[], ttl float8. Rows: id. Locks: workers, in id order.
+-- What each process runs is told with it. Params: ids bigint[], entered text[] of each (JSON), ttl float8. Rows: id.
+-- Locks: workers, in id order.
 WITH mine AS (
-    SELECT id FROM {schema}.workers WHERE id = ANY (%(ids)s::bigint[]) AND dead_at IS NULL
-    ORDER BY id FOR NO KEY UPDATE
+    SELECT w.id, m.entered
+    FROM {schema}.workers AS w JOIN unnest(%(ids)s::bigint[], %(entered)s::text[]) AS m (id, entered) ON m.id = w.id
+    WHERE w.dead_at IS NULL
+    ORDER BY w.id FOR NO KEY UPDATE OF w
 )
 UPDATE {schema}.workers AS w
-SET heartbeat_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => %(ttl)s)
+SET heartbeat_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => %(ttl)s),
+    entered = mine.entered::jsonb
 FROM mine WHERE w.id = mine.id AND set_config('synchronous_commit', 'off', true) IS NOT NULL
 RETURNING w.id;
 
@@ -98,6 +104,37 @@ SELECT w.id, w.kind, w.name, w.host, w.pid, w.queue, w.slots, w.started_at, w.he
        (SELECT count(*) FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
 FROM {schema}.workers AS w WHERE w.dead_at IS NULL ORDER BY w.kind, w.name, w.id;
 
+-- name: held_by_workers
+-- Every claim of the worker processes, and since when its step runs, as their agents last told: null when it does not.
+-- Params: worker text|null (name of the command). Rows: inspection.Held.
+SELECT w.name, w.host, w.pid, w.queue, i.id, i.machine, i.step, i.attempt,
+       w.heartbeat_at - make_interval(secs => e.seconds), w.heartbeat_at
+FROM {schema}.instances AS i JOIN {schema}.workers AS w ON w.id = i.worker_id
+LEFT JOIN LATERAL (
+    SELECT (entry ->> 2)::float8 AS seconds FROM jsonb_array_elements(w.entered) AS entry
+    WHERE (entry ->> 0)::bigint = i.id AND (entry ->> 1)::integer = i.token LIMIT 1) AS e ON true
+WHERE i.status = 'executing' AND w.dead_at IS NULL AND (%(worker)s::text IS NULL OR w.name = %(worker)s)
+ORDER BY w.name, w.host, w.pid, i.id;
+
+-- name: told_since
+-- Whether every live worker process has told what it runs since a moment. Params: moment timestamptz. Rows: bool.
+SELECT NOT EXISTS (SELECT FROM {schema}.workers
+                   WHERE kind = 'worker' AND dead_at IS NULL AND expires_at > clock_timestamp()
+                     AND heartbeat_at < %(moment)s::timestamptz);
+
+-- name: registered
+-- What each command can run: its live worker processes, by queue. Params: worker text|null. Rows: inspection.Registered.
+SELECT w.name, w.host, w.command_pid, array_agg(DISTINCT w.queue ORDER BY w.queue),
+       ARRAY(SELECT DISTINCT task FROM {schema}.workers AS o CROSS JOIN unnest(o.tasks) AS t (task)
+             WHERE o.name = w.name AND o.host = w.host AND o.command_pid = w.command_pid AND o.dead_at IS NULL
+               AND o.kind = 'worker' AND o.expires_at > clock_timestamp()
+             ORDER BY task)
+FROM {schema}.workers AS w
+WHERE w.kind = 'worker' AND w.dead_at IS NULL AND w.expires_at > clock_timestamp()
+  AND (%(worker)s::text IS NULL OR w.name = %(worker)s)
+GROUP BY w.name, w.host, w.command_pid
+ORDER BY w.name, w.host, w.command_pid;
+
 -- name: health
 -- Leases nobody has ended, of one name and one host. Params: name, host text|null (any).
 -- Rows: id, kind, name, host, pid, command_pid, queue, live, seconds since the last heartbeat.
@@ -108,7 +145,8 @@ WHERE dead_at IS NULL AND (%(name)s::text IS NULL OR name = %(name)s) AND (%(hos
 ORDER BY kind, name, id;
 
 -- name: queue_heads
--- Who is next in the queues of these workers, and how many of their slots run nothing. Limited rows may have to wait.
+-- Who is next in the queues of these workers that are not paused, and how many of their slots run nothing. Limited rows
+-- may have to wait.
 -- Params: workers bigint[], known text[]|null ("name:version"; all). Rows: queue, free, id, seconds it has waited.
 SELECT q.queue, q.free, h.id, extract(epoch FROM clock_timestamp() - h.eligible_at)::float8
 FROM (SELECT w.queue,
@@ -122,6 +160,7 @@ CROSS JOIN LATERAL (
       AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
       AND (%(known)s::text[] IS NULL OR i.machine || ':' || i.machine_version = ANY (%(known)s::text[]))
     ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS h
+WHERE NOT EXISTS (SELECT FROM {schema}.queues AS k WHERE k.name = q.queue AND k.paused_at IS NOT NULL)
 ORDER BY q.queue;
 
 -- name: server

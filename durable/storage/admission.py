@@ -115,7 +115,7 @@ class _Tally:
 
 def claim_limited(demand: Demand) -> Operation[Admitted]:
     """Claim limited rows. Needs a transaction; raises UniqueViolation when another claim took a key after all."""
-    if not (yield "live_lease", {"worker": demand.worker}):
+    if not (yield "live_lease", {"worker": demand.worker, "queue": demand.queue}):
         return Admitted()
     tally = _Tally(demand)
     if demand.position is not None:

@@ -15,6 +15,8 @@ from durable.storage import instances, lanes
 from durable.storage.arrays import Int8Array, TextArray
 from durable.storage.session import Operation
 
+BLOCKS_BEFORE = 1024
+"""Blocks before the end of the history into which sessions may still write: each extends it by some at a time."""
 COUNT_MOST = 100_000
 """Finished instances of one status that are counted, which takes some 30 ms."""
 
@@ -102,7 +104,11 @@ class Detail(NamedTuple):
 
 
 class QueueState(NamedTuple):
-    """One queue: live instances by what they wait for, the oldest runnable one's age in seconds, worker processes."""
+    """One queue: live instances by what they wait for, the oldest runnable one's age in seconds, worker processes.
+
+    paused_at, pause_reason  None unless it is paused
+    concurrency              worker processes per command; None: as each command was started
+    """
 
     queue: str
     runnable: int
@@ -111,6 +117,9 @@ class QueueState(NamedTuple):
     awaiting: int
     oldest: float | None
     workers: int
+    paused_at: datetime | None = None
+    pause_reason: str | None = None
+    concurrency: int | None = None
 
 
 class WorkerState(NamedTuple):
@@ -128,6 +137,31 @@ class WorkerState(NamedTuple):
     expires_at: datetime
     alive: bool
     busy: int
+
+
+class Held(NamedTuple):
+    """One claim of a worker process; `since` when its step runs, None when it only waits there, as of `told_at`."""
+
+    worker: str
+    host: str
+    pid: int
+    queue: str
+    id: int
+    task: str
+    step: str
+    attempt: int
+    since: datetime | None
+    told_at: datetime
+
+
+class Registered(NamedTuple):
+    """What a worker command serves and can run: queues, "name:version" of tasks and machines; `pid` the command's."""
+
+    worker: str
+    host: str
+    pid: int
+    queues: list[str]
+    tasks: list[str]
 
 
 class ProcessHealth(NamedTuple):
@@ -170,6 +204,14 @@ class Failure(NamedTuple):
     error: dict[str, Any] | None
 
 
+class HistoryEnd(NamedTuple):
+    """A moment half a second ago, its day (UTC), and the block with which that day's history ended."""
+
+    at: datetime
+    day: str
+    block: int
+
+
 class ServerFacts(NamedTuple):
     """The database server, as seen from a session in it."""
 
@@ -199,7 +241,7 @@ def children_by_status(instance_id: int) -> Operation[dict[str, int]]:
 
 
 def queues() -> Operation[list[QueueState]]:
-    """Return every queue that has live instances or workers, by name."""
+    """Return every queue that has live instances, workers or orders, by name."""
     rows = yield "queues", {}
     return [QueueState(*row) for row in rows]
 
@@ -208,6 +250,24 @@ def processes() -> Operation[list[WorkerState]]:
     """Return the worker processes and beats whose lease nobody has ended, by kind and name."""
     rows = yield "workers", {}
     return [WorkerState(*row) for row in rows]
+
+
+def held_by_workers(worker: str | None) -> Operation[list[Held]]:
+    """Return every claim of the worker processes (of commands of one name, or None: of all), by process."""
+    rows = yield "held_by_workers", {"worker": worker}
+    return [Held(*row) for row in rows]
+
+
+def told_since(moment: datetime) -> Operation[bool]:
+    """Return whether every live worker process has told what it runs since then (the database's clock)."""
+    rows = yield "told_since", {"moment": moment}
+    return bool(rows[0][0])
+
+
+def registered(worker: str | None) -> Operation[list[Registered]]:
+    """Return what each live worker command (of one name, or None: every one) can run."""
+    rows = yield "registered", {"worker": worker}
+    return [Registered(*row) for row in rows]
 
 
 def health(name: str | None, host: str | None) -> Operation[list[ProcessHealth]]:
@@ -250,6 +310,18 @@ def recent_failures(limit: int) -> Operation[list[Failure]]:
     """Return the latest failures of the last day, newest first."""
     rows = yield "recent_failures", {"limit": limit}
     return [Failure(*row) for row in rows]
+
+
+def history_end() -> Operation[HistoryEnd]:
+    """Return where the history ends, to be compared with later."""
+    rows = yield "history_end", {}
+    return HistoryEnd(*rows[0])
+
+
+def finished_between(since: HistoryEnd, until: HistoryEnd) -> Operation[dict[str, int]]:
+    """Return queue -> instances that finished between two looks on one day; reads no more than was written since."""
+    block = max(0, since.block - BLOCKS_BEFORE)
+    return dict((yield "finished_between", {"since": since.at, "until": until.at, "block": block}))
 
 
 def server() -> Operation[ServerFacts]:

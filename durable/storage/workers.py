@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from psycopg.types.json import Jsonb
 
-from durable.storage.arrays import Int4Array, Int8Array
+from durable.storage.arrays import Int4Array, Int8Array, TextArray
 from durable.storage.claims import held
 from durable.storage.instances import end, lock_parents
 from durable.storage.lanes import free
@@ -20,7 +21,7 @@ from durable.storage.session import Operation
 class Identity:
     """Which process a lease belongs to, and the command it is a part of: itself, or the supervisor that forked it.
 
-    (host, boot_id, command_pid, command_start) names a command for ever.
+    (host, boot_id, command_pid, command_start) names a command for ever. `tasks` ("name:version") is what it can run.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Identity:
     command_start: str
     queue: str | None = None
     slots: int = 1
+    tasks: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -72,14 +74,22 @@ def register(identity: Identity, ttl: float) -> Operation[int]:
             "queue": identity.queue,
             "slots": identity.slots,
             "ttl": ttl,
+            "tasks": TextArray(identity.tasks),
         },
     )
     return int(rows[0][0])
 
 
-def heartbeat(ids: Sequence[int], ttl: float) -> Operation[set[int]]:
-    """Extend leases to `ttl` seconds from now; return those still alive, the others are dead for ever."""
-    rows = yield "heartbeat", {"ids": Int8Array(sorted(ids)), "ttl": ttl}
+def heartbeat(
+    ids: Sequence[int], ttl: float, entered: Mapping[int, Sequence[tuple[int, int, float]]] | None = None
+) -> Operation[set[int]]:
+    """Extend leases to `ttl` seconds from now; return those still alive, the others are dead for ever.
+
+    entered  by worker id, what it runs: (id, token, seconds that it has run) of each
+    """
+    ordered, running = sorted(ids), entered or {}
+    told = [json.dumps(running.get(worker, ())) for worker in ordered]
+    rows = yield "heartbeat", {"ids": Int8Array(ordered), "entered": TextArray(told), "ttl": ttl}
     return {row[0] for row in rows}
 
 

@@ -111,6 +111,17 @@ def test_what_waits_for_a_task_that_this_worker_does_not_know_does_not_count(
     assert durable("healthcheck", "--max-wait", "1").code == 0
 
 
+def test_what_waits_in_a_paused_queue_does_not_count(
+    worker: Any, durable: Callable[..., Ran], connection: psycopg.Connection[Any], schema: str
+) -> None:
+    durable("pause", "default", "checkout")
+    connection.execute(
+        f"INSERT INTO {schema}.instances (eligible_at, status, queue, machine, step, state_type, state) "
+        "VALUES (now() - interval '1 h', 'runnable', 'default', 'tasks.say', 'run', 'json', '{}')"
+    )
+    assert durable("healthcheck", "--max-wait", "1").code == 0
+
+
 def test_a_queue_that_moves_is_not_stuck_however_late_it_is(
     worker: Any, durable: Callable[..., Ran], connection: psycopg.Connection[Any], schema: str
 ) -> None:

@@ -12,7 +12,7 @@ from psycopg.adapt import Transformer
 
 from durable import Durable
 from durable.instance import Claimed, NewSignal
-from durable.storage import claims, instances, maintenance, partitions, signals, workers
+from durable.storage import claims, control, instances, maintenance, partitions, signals, workers
 from durable.storage.admission import LAST
 from durable.storage.arrays import Int4Array, Int8Array, TextArray
 from durable.storage.claims import Commit
@@ -114,6 +114,7 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
         maintenance.probe({"q0": 2, "q1": 1}, ["task:1"]),
         {"instances_pick", "instances_limited", "instances_suspect", "instances_due", "instances_deadline"},
     ),
+    (control.oldest_waiting("q0"), {"instances_pick"}),
     (maintenance.sweep_kept(1.0), {"instances_kept", "instances_pkey"}),
 ]
 KEYS, BUCKETS = TextArray(["k1", "k2"]), TextArray(["b1"])
