@@ -32,11 +32,11 @@ from durable.runtime import identity, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
-from durable.runtime.periodic import Firing
+from durable.runtime.periodic import StandIn
 from durable.runtime.reaper import reap
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
-from durable.storage import claims, maintenance, partitions, schedules, workers
+from durable.storage import claims, maintenance, partitions, workers
 from durable.storage.session import describe
 from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, parse, queue_channel
 
@@ -80,7 +80,7 @@ class Agent:
             app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
-        self._firing = Firing(app, self._link)
+        self._stand_in = StandIn(app, self._link)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
         self._deaths: list[Death] = []
         self._priorities: dict[str, set[int]] = {queue: set() for queue in self._queues}
@@ -92,8 +92,6 @@ class Agent:
         self._reap_at = now + conf.reconcile_interval
         self._terminate_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
-        self._schedules_at = now + conf.beat_grace
-        self._fires = False
 
     def run(self) -> int:
         """Serve until the supervisor says stop; return the exit code."""
@@ -114,7 +112,7 @@ class Agent:
             try:
                 self._connected()
                 partitions.ensure(self._link.connection, self._app.sql)
-                self._firing.declare()
+                self._stand_in.declare()
                 self._release_predecessors()
                 return
             except psycopg.Error as error:
@@ -167,8 +165,7 @@ class Agent:
             self._terminate_at = now + conf.poll_interval
         if now >= self._gc_look_at:
             self._collect_if_nobody_does()
-        if now >= self._schedules_at:
-            self._fire_if_nobody_does()
+        self._stand_in.turn()
         self._wait()
 
     def _wait(self) -> None:
@@ -373,18 +370,6 @@ class Agent:
                 "no beat has collected garbage for %.0f s; start `durable beat`", conf.gc_interval + conf.beat_grace
             )
             collect(self._link, conf)
-
-    def _fire_if_nobody_does(self) -> None:
-        """Fire schedules while no beat does: looked for once per `beat_grace`, then at every poll."""
-        conf = self._app.conf
-        if not self._fires and self._link.run(schedules.overdue(conf.beat_grace)):
-            log.warning("no beat has fired schedules for %.0f s; start `durable beat`", conf.beat_grace)
-            self._fires = True
-        elif self._fires and not self._link.run(schedules.overdue(0.0)):
-            self._fires = False  # a beat is back, or nothing is due; who knows
-        if self._fires:
-            self._firing.fire()
-        self._schedules_at = time.monotonic() + (conf.poll_interval if self._fires else conf.beat_grace)
 
     def _pause(self, seconds: float) -> bool:
         """Wait, hearing the supervisor; return whether it said stop."""

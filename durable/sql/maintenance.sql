@@ -39,10 +39,12 @@ SELECT queue, count(*) FROM promoted GROUP BY queue;
 
 -- name: next_due
 -- Seconds until the next scheduled row, deadline or schedule is due; null when there is none.
+-- Params: left text[] (names of schedules that do not count).
 SELECT extract(epoch FROM least(
     (SELECT min(eligible_at) FROM {schema}.instances WHERE status = 'scheduled'),
     (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL),
-    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL)
+    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL
+       AND name <> ALL (%(left)s::text[]))
 ) - clock_timestamp())::float8;
 
 -- name: take_duty
