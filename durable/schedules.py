@@ -31,6 +31,8 @@ OVERLAP = ("allow", "skip")
 LEAST_INTERVAL = 0.1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_WEEK = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_WEEKDAY = re.compile(r"\b(sun|mon|tue|wed|thu|fri|sat)[a-z]*day\b")
 _EVERY = re.compile(r"every (\d+) us")
 
 
@@ -59,9 +61,11 @@ class Cron:
 
     def next_after(self, moment: datetime) -> datetime | None:
         """Return the first occurrence after a moment, in UTC; None when there is none within fifty years."""
+        # Asked within the second pass of an hour that comes twice, cronsim names times of the first pass before those
+        # that really follow.
         for found in CronSim(self.expression, moment.astimezone(_zone(self.tz))):
-            # Asked in the second of an hour that comes twice, cronsim names a fixed time in the first.
-            if (occurrence := found.astimezone(UTC)) > moment:
+            occurrence = found.astimezone(UTC)
+            if occurrence > moment:
                 return occurrence
         return None
 
@@ -178,11 +182,23 @@ def as_schedule(value: Any) -> Schedule:
 
 def _field(name: str, value: Any) -> str:
     if isinstance(value, str) and value.strip():
-        return "".join(value.split())
+        return _weekdays("".join(value.split()).lower()) if name == "day_of_week" else "".join(value.split())
     values = [value] if isinstance(value, int) else list(value) if isinstance(value, Iterable) else []
     if isinstance(value, str) or not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise DefinitionError(f"crontab's {name} must be a number, cron's text or numbers, got {shown(value)}")
     return ",".join(str(v) for v in sorted(values))
+
+
+def _weekdays(text: str) -> str:
+    """Return cron's text for Celery's: full names become their first three letters, `fri-mon` the days themselves."""
+    parts = []
+    for part in _WEEKDAY.sub(lambda match: match[1], text).split(","):
+        ends = [
+            _WEEK.index(day) if day in _WEEK else int(day) for day in part.split("-") if day in (*_WEEK, *"0123456")
+        ]
+        wraps = part.count("-") == 1 and len(ends) == 2 and ends[1] < ends[0]
+        parts.append(",".join(str(day) for day in range(7) if day <= ends[1] or day >= ends[0]) if wraps else part)
+    return ",".join(parts)
 
 
 def _zone(name: str) -> ZoneInfo:

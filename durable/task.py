@@ -296,13 +296,17 @@ class Task(Generic[P, R]):
             max_attempts=own.max_attempts,
         )
 
-    def new(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any) -> NewInstance:
-        """Return the checked row for a run with these arguments and the options of an insert; writes nothing."""
-        kwargs = kwargs or {}
+    def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError for arguments that don't fit the function."""
         try:
             self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self.name}(): {error}") from None
+
+    def new(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any) -> NewInstance:
+        """Return the checked row for a run with these arguments and the options of an insert; writes nothing."""
+        kwargs = kwargs or {}
+        self.check_arguments(args, kwargs)
         state: dict[str, Any] = {}
         if args:
             state["args"] = list(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -119,4 +119,10 @@ def _when(text: str) -> str:
 
 
 def _local(moment: datetime | None, tz: str) -> str | None:
-    return None if moment is None else f"{moment.astimezone(ZoneInfo(tz)):%Y-%m-%d %H:%M:%S}"
+    if moment is None:
+        return None
+    try:
+        zone: tzinfo = ZoneInfo(tz)
+    except (KeyError, ValueError, OSError):  # one that this machine does not know: another's may
+        return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    return f"{moment.astimezone(zone):%Y-%m-%d %H:%M:%S}"

@@ -35,12 +35,12 @@ from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.orders import Orders
-from durable.runtime.periodic import Firing
+from durable.runtime.periodic import StandIn
 from durable.runtime.reaper import reap
 from durable.runtime.ringing import Ringer
 from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
-from durable.storage import claims, lanes, maintenance, partitions, schedules, workers
+from durable.storage import claims, lanes, maintenance, partitions, workers
 from durable.storage.session import describe
 from durable.wakeups import ANY_QUEUE, INSPECT, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
 
@@ -91,7 +91,7 @@ class Agent:
             app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
-        self._firing = Firing(app, self._link)
+        self._stand_in = StandIn(app, self._link)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
         self._orders = Orders(self._link, self._queues, seats, bells, autoscale)
         ringer = Ringer(self._queues, seats, bells)
@@ -107,8 +107,6 @@ class Agent:
         self._terminate_at = now
         self._orders_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
-        self._schedules_at = now + conf.beat_grace
-        self._fires = False
 
     def run(self) -> int:
         """Serve until the supervisor says stop; return the exit code."""
@@ -129,7 +127,7 @@ class Agent:
             try:
                 self._connected()
                 partitions.ensure(self._link.connection, self._app.sql)
-                self._firing.declare()
+                self._stand_in.declare()
                 limits.declare(self._link, self._app)
                 self._release_predecessors()
                 return
@@ -188,8 +186,7 @@ class Agent:
             self._terminate_at = now + conf.poll_interval
         if now >= self._gc_look_at:
             self._collect_if_nobody_does()
-        if now >= self._schedules_at:
-            self._fire_if_nobody_does()
+        self._stand_in.turn()
         self._wait()
 
     def _wait(self) -> None:
@@ -372,18 +369,6 @@ class Agent:
                 "no beat has collected garbage for %.0f s; start `durable beat`", conf.gc_interval + conf.beat_grace
             )
             collect(self._link, conf)
-
-    def _fire_if_nobody_does(self) -> None:
-        """Fire schedules while no beat does: looked for once per `beat_grace`, then at every poll."""
-        conf = self._app.conf
-        if not self._fires and self._link.run(schedules.overdue(conf.beat_grace)):
-            log.warning("no beat has fired schedules for %.0f s; start `durable beat`", conf.beat_grace)
-            self._fires = True
-        elif self._fires and not self._link.run(schedules.overdue(0.0)):
-            self._fires = False  # a beat is back, or nothing is due; who knows
-        if self._fires:
-            self._firing.fire()
-        self._schedules_at = time.monotonic() + (conf.poll_interval if self._fires else conf.beat_grace)
 
     def _pause(self, seconds: float) -> bool:
         """Wait, hearing the supervisor; return whether it said stop."""

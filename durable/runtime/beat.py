@@ -126,7 +126,7 @@ class Beat:
                 for operation in self._app.wakeups.promoted(woken):
                     self._link.run(operation)
         self._firing.fire()
-        wait = self._link.run(maintenance.next_due())
+        wait = self._link.run(maintenance.next_due(self._firing.left))
         wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
         now = time.monotonic()
         self._promote_at = now + wait
@@ -146,7 +146,7 @@ class Beat:
         if listening in ready and self._listener.messages():
             # Look now, and once more for rows whose own notification was saved.
             now = time.monotonic()
-            wait = self._link.run(maintenance.next_due())
+            wait = self._link.run(maintenance.next_due(self._firing.left))
             soon = now + (LOOK_AT_LEAST_EVERY if wait is None else max(wait, 0.0))
             self._look_again_at = now + LOOK_AGAIN
             self._promote_at = min(self._promote_at, soon, self._look_again_at)

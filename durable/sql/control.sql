@@ -26,16 +26,18 @@ RETURNING q.name;
 SELECT name, concurrency FROM {schema}.queues WHERE concurrency IS NOT NULL;
 
 -- name: oldest_waiting
--- How long the oldest runnable row of a queue has waited: from one priority's first to the next's, by index.
+-- How long the oldest unlimited runnable row of a queue has waited: from one priority's first to the next's, by index.
 -- Params: queue text. Rows: seconds, null when none waits.
 WITH RECURSIVE heads (priority, eligible_at) AS (
     (SELECT i.priority, i.eligible_at FROM {schema}.instances AS i
      WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0
+       AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
      ORDER BY i.priority, i.eligible_at, i.id LIMIT 1)
     UNION ALL
     SELECT n.priority, n.eligible_at FROM heads AS h CROSS JOIN LATERAL (
         SELECT i.priority, i.eligible_at FROM {schema}.instances AS i
         WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.crashes = 0 AND i.priority > h.priority
+          AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
         ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) AS n
 )
 SELECT extract(epoch FROM clock_timestamp() - min(eligible_at))::float8 FROM heads;

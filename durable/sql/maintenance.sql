@@ -49,11 +49,13 @@ SELECT queue, count(*) FROM promoted GROUP BY queue;
 
 -- name: next_due
 -- Seconds until the next scheduled row, deadline, schedule or token lane is due; null when there is none. Idle workers
--- open token lanes to the moment, so that a beat gives them 20 ms.
+-- open token lanes to the moment, so that a beat gives them 20 ms. Params: left text[] (names of schedules that do not
+-- count).
 SELECT extract(epoch FROM least(
     (SELECT min(eligible_at) FROM {schema}.instances WHERE status = 'scheduled'),
     (SELECT min(deadline) FROM {schema}.instances WHERE status = 'awaiting_signal' AND deadline IS NOT NULL),
-    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL),
+    (SELECT min(next_at) FROM {schema}.schedules WHERE enabled AND next_at IS NOT NULL
+       AND name <> ALL (%(left)s::text[])),
     (SELECT min(opens_at) + interval '20 ms' FROM {schema}.buckets WHERE opens_at IS NOT NULL)
 ) - clock_timestamp())::float8;
 

@@ -21,11 +21,13 @@ RETURNING name;
 DELETE FROM {schema}.schedules WHERE app = %(app)s AND name <> ALL (%(names)s::text[]) RETURNING name;
 
 -- name: due_schedules
--- Lock due schedules, the longest due first. Params: unreadable text[] (names this process can't read), limit bigint.
+-- Lock due schedules, the longest due first. The transaction of a process that freezes with them is ended by the server,
+-- so that others get them. Params: unreadable text[] (names this process can't read), limit bigint.
 -- Rows:   name, schedule, tz, misfire, overlap, next_at, template, state_type, state, the database's now, and whether
 --         the instance of the last occurrence is not finished. Locks: schedules FOR NO KEY UPDATE SKIP LOCKED.
 SELECT s.name, s.schedule, s.tz, s.misfire, s.overlap, s.next_at, s.template, s.state_type, s.state, clock_timestamp(),
-       EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.last_id AND i.finished_at IS NULL)
+       EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.last_id AND i.finished_at IS NULL),
+       set_config('idle_in_transaction_session_timeout', '10s', true)
 FROM {schema}.schedules AS s
 WHERE s.enabled AND s.next_at <= (SELECT clock_timestamp()) AND s.name <> ALL (%(unreadable)s::text[])
 ORDER BY s.next_at
@@ -63,6 +65,11 @@ RETURNING before.enabled <> s.enabled;
 SELECT name, app, schedule, tz, misfire, overlap, enabled, next_at, last_at, last_id, fired, skipped,
        template ->> 'machine', template ->> 'queue'
 FROM {schema}.schedules ORDER BY name;
+
+-- name: beat_lives
+-- Whether a beat's lease has not run out. Rows: bool.
+SELECT EXISTS (SELECT FROM {schema}.workers
+               WHERE kind = 'beat' AND dead_at IS NULL AND expires_at >= clock_timestamp());
 
 -- name: overdue_schedules
 -- Whether a schedule is due for so long that no beat can be there. Params: seconds float8. Rows: bool.

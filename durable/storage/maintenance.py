@@ -59,9 +59,12 @@ def time_out(limit: int = 1000) -> Operation[dict[str, int]]:
     return {row[0]: row[1] for row in rows}
 
 
-def next_due() -> Operation[float | None]:
-    """Return seconds until the next scheduled row or deadline is due (negative: overdue), None when there is none."""
-    rows = yield "next_due", {}
+def next_due(left: Sequence[str] = ()) -> Operation[float | None]:
+    """Return seconds until the next row, deadline or schedule is due (negative: overdue), None when there is none.
+
+    left  names of schedules that do not count
+    """
+    rows = yield "next_due", {"left": TextArray(left)}
     return None if rows[0][0] is None else float(rows[0][0])
 
 

@@ -34,6 +34,8 @@ class Fired:
     inserted: list[NewInstance] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     schedules: int = 0
+    at: str | None = None
+    """Name of the schedule that was being fired when an error ended it."""
 
 
 class Listed(NamedTuple):
@@ -55,8 +57,8 @@ class Listed(NamedTuple):
     queue: str | None
 
 
-def declare(app: str, declared: Sequence[Periodic]) -> Operation[list[str]]:
-    """Store an app's schedules and forget those it declares no longer. Needs a transaction.
+def declare(app: str, declared: Sequence[Periodic], *, forget: bool = True) -> Operation[list[str]]:
+    """Store an app's schedules and (with `forget`) drop those it declares no longer. Needs a transaction.
 
     Returns the names that belong to another app, whose schedules are left alone.
     """
@@ -80,15 +82,17 @@ def declare(app: str, declared: Sequence[Periodic]) -> Operation[list[str]]:
         )
         if not rows:
             taken.append(entry.name)
-    yield "drop_schedules", {"app": app, "names": TextArray([entry.name for entry in declared])}
+    if forget:
+        yield "drop_schedules", {"app": app, "names": TextArray([entry.name for entry in declared])}
     return taken
 
 
-def fire(unreadable: Sequence[str], limit: int = 50) -> Operation[Fired]:
-    """Insert what is due and move each schedule on. Needs a transaction."""
-    fired = Fired()
+def fire(unreadable: Sequence[str], limit: int = 50, into: Fired | None = None) -> Operation[Fired]:
+    """Insert what is due and move each schedule on; return `into`, or a fresh Fired. Needs a transaction."""
+    fired = Fired() if into is None else into
     rows = yield "due_schedules", {"unreadable": TextArray(unreadable), "limit": limit}
-    for name, text, tz, misfire, overlap, next_at, values, state_type, state, now, busy in rows:
+    for name, text, tz, misfire, overlap, next_at, values, state_type, state, now, busy, _ in rows:
+        fired.at = name
         try:
             schedule = parse(text, tz)
             new = from_template(values, Payload(state_type, state))
@@ -96,6 +100,7 @@ def fire(unreadable: Sequence[str], limit: int = 50) -> Operation[Fired]:
             fired.unreadable.append(name)
             continue
         occurrences, following = occurrences_due(schedule, misfire, next_at, now)
+        due = max(len(occurrences), 1)
         if overlap == "skip":
             occurrences = [] if busy else occurrences[-1:]
         ids = (yield from insert_many([new] * len(occurrences))) if occurrences else []
@@ -108,7 +113,7 @@ def fire(unreadable: Sequence[str], limit: int = 50) -> Operation[Fired]:
                 "last_at": occurrences[-1] if there else None,
                 "last_id": there[-1] if there else None,
                 "fired": len(there),
-                "skipped": 0 if there else 1,
+                "skipped": due - len(there),
             },
         )
         fired.inserted += [new] * len(there)
@@ -123,8 +128,8 @@ def occurrences_due(
     due = [next_at]
     while (following := schedule.next_after(due[-1])) is not None and following <= now and len(due) < AT_ONCE:
         due.append(following)
-    if misfire == "all":
-        return due, following
+    if misfire == "all" or now - next_at <= MISSED_AFTER:
+        return due, following  # late, if at all, and not missed
     if following is not None and following <= now:  # more than were looked at: only the latest matters
         following = schedule.next_after(now)
         due.append(_latest(schedule, due[-1], now))
@@ -179,6 +184,12 @@ def listing() -> Operation[list[Listed]]:
     """Return every schedule, by name."""
     rows = yield "schedules", {}
     return [Listed(*row) for row in rows]
+
+
+def beat_lives() -> Operation[bool]:
+    """Tell whether a beat's lease has not run out."""
+    rows: list[Any] = yield "beat_lives", {}
+    return bool(rows[0][0])
 
 
 def overdue(seconds: float) -> Operation[bool]:

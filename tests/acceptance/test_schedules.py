@@ -53,6 +53,32 @@ def test_every_occurrence_is_inserted_once_by_two_beats_of_which_one_is_killed(
     assert names == [("hourly", "UTC"), ("nightly", "Europe/Berlin"), ("tick", "UTC")]
 
 
+def test_beats_that_are_killed_as_soon_as_they_fire_neither_lose_nor_repeat_an_occurrence(
+    app: Durable, tasks_module: Callable[[str], Path], durable_worker: Callable[..., Command], connection: Any
+) -> None:
+    """The pauses between them are late, not missed."""
+    tasks_module(TASKS)
+    stands = f"SELECT fired, next_at FROM {app.schema}.schedules WHERE name = 'tick'"
+
+    def fired(least: int) -> Any:
+        return wait_until(
+            lambda: next((row for row in connection.execute(stands).fetchall() if row[0] >= least), None),
+            what=f"{least} occurrences",
+        )
+
+    count, first = 0, None
+    for _ in range(4):
+        beat = durable_worker("beat")
+        count, next_at = fired(count + 1)
+        first = first or next_at - count * timedelta(seconds=0.25)
+        beat.process.kill()
+        beat.process.wait(10)
+        count, next_at = connection.execute(stands).fetchone()
+    assert next_at == first + count * timedelta(seconds=0.25)
+    inserted = f"SELECT count(*) FROM {app.schema}.instances WHERE machine = 'tick'"
+    assert connection.execute(inserted).fetchone() == (count,)
+
+
 def test_without_a_beat_the_agents_fire_after_a_while(
     app: Durable, tasks_module: Callable[[str], Path], durable_worker: Callable[..., Command], connection: Any
 ) -> None:

@@ -74,3 +74,12 @@ def test_without_any_the_list_says_where_they_come_from(
     tasks_module("")
     assert "no schedule is declared" in durable("schedules", "list").out
     assert durable("schedules", "list", "--json").json == []
+
+
+def test_a_zone_that_this_machine_does_not_know_does_not_end_the_list(
+    durable: Callable[..., Ran], declared: None, app: Durable, connection: Any
+) -> None:
+    connection.execute(f"UPDATE {app.schema}.schedules SET tz = 'Mars/Olympus' WHERE name = 'nightly'")
+    ran = durable("schedules", "list")
+    assert ran.code == 0, ran.err
+    assert "Mars/Olympus" in ran.out

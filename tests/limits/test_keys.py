@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from durable.storage import instances, lanes
+from durable.storage import admission, control, instances, lanes
 from durable.storage.claims import Commit
 from tests.fix_rows import Rows, done, new
 
@@ -207,3 +207,14 @@ def test_limited_rows_do_not_overtake_unlimited_ones(rows: Rows) -> None:
     assert [row.id for row in rows.claim_limited(worker, position=head).rows] == [early]
     rows.claim(worker)
     assert [row.id for row in rows.claim_limited(worker, position=head).rows] == [late]
+
+
+def test_limited_rows_of_a_paused_queue_are_not_looked_for(rows: Rows) -> None:
+    worker = rows.worker()
+    (one,) = keyed(rows)
+    rows.run(control.pause("default"))
+    assert rows.run(admission.limited_waits("default", ())) == (False, None)
+    assert rows.claim_limited(worker).rows == []
+    rows.run(control.resume("default"))
+    assert rows.run(admission.limited_waits("default", ()))[0]
+    assert [row.id for row in rows.claim_limited(worker).rows] == [one]

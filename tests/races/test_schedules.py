@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from durable import Durable, every
 from durable.runtime import periodic
 from durable.runtime.link import Link
-from durable.runtime.periodic import Firing
+from durable.runtime.periodic import Firing, StandIn
 from durable.schedules import Periodic
-from durable.storage import schedules
+from durable.storage import maintenance, schedules
 from durable.storage.schedules import AT_ONCE
+from tests.fix_db import wait_until
 from tests.fix_rows import Rows, new
 from tests.interleaving import Held
 
@@ -21,7 +23,8 @@ NIGHT = timedelta(hours=8)
 
 
 def entry(name: str = "nightly", **values: Any) -> Periodic:
-    return Periodic(name, every(3600), **{"misfire": "once", "overlap": "allow", "new": new(), **values})
+    schedule = values.pop("schedule", every(3600))
+    return Periodic(name, schedule, **{"misfire": "once", "overlap": "allow", "new": new(), **values})
 
 
 class Clock:
@@ -216,3 +219,93 @@ def test_an_app_declares_and_fires_its_own(app: Durable, connection: Any) -> Non
     assert len(app.run(schedules.fire(())).inserted) == 1
     row = connection.execute(f"SELECT machine, state FROM {app.schema}.instance_view").fetchone()
     assert row == ("t", {"kwargs": {"n": 4}})
+
+
+@pytest.fixture
+def link(rows: Rows) -> Iterator[Link]:
+    """A process's connection."""
+    link = Link(lambda: rows.dsn, rows.sql, "test", pooler=False, most_wait=1.0, pause=lambda seconds: True)
+    yield link
+    link.drop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["schedule = 'sometimes'", "tz = 'Mars/Olympus', schedule = '* * * * *'", """template = template || '{"x": 1}'""",
+     """template = template || '{"priority": 99999}'"""],
+    ids=["schedule", "zone", "newer template", "refused by Postgres"],
+)  # fmt: skip
+def test_a_row_that_cannot_be_fired_is_told_of_once_and_stops_no_other(
+    app: Durable, clock: Clock, link: Link, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock.declare(entry("bad"), entry("good"))
+    clock.sql(f"UPDATE {{schema}}.schedules SET {change} WHERE name = 'bad'")
+    clock.due("bad", 5)
+    clock.due("good")
+    firing = Firing(app, link)
+    assert firing.fire() == 1
+    assert firing.fire() == 0
+    assert [record.levelname for record in caplog.records if "'bad'" in record.message] == ["ERROR"]
+    assert clock.of("name", "fired") == [("bad", 0), ("good", 1)]
+    assert (clock.rows.run(maintenance.next_due()) or 0) < 0
+    wait = clock.rows.run(maintenance.next_due(firing.left))
+    assert wait is not None
+    assert wait > 0, "nor does it keep a beat from sleeping"
+
+
+def test_a_wrong_entry_stops_no_other_and_nothing_is_forgotten_for_it(
+    app: Durable, clock: Clock, link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.task(name="add")(lambda: None)
+    clock.declare(entry("before"))
+    app.conf.beat_schedule = {"typo": {"task": "ad", "schedule": 5}, "fine": {"task": "add", "schedule": 5}}
+    Firing(app, link).declare()
+    assert "entry 'typo': no task 'ad' is registered; did you mean 'add'?" in caplog.text
+    assert clock.of("name") == [("before",), ("fine",)]
+    del app.conf.beat_schedule["typo"]  # type: ignore[attr-defined]
+    Firing(app, link).declare()
+    assert clock.of("name") == [("fine",)]
+
+
+def test_an_agent_that_stands_in_fires_at_every_poll_until_a_beat_lives(app: Durable, clock: Clock, link: Link) -> None:
+    """Also what is rarely due: it is not late by another `beat_grace` each time."""
+    app.conf.update(beat_grace=0.5, poll_interval=0.01)
+    clock.declare(entry())
+    stand_in = StandIn(app, link)
+    clock.due(ago=0.1)
+
+    def fired(least: int) -> bool:
+        stand_in.turn()
+        return bool(clock.of("fired")[0][0] >= least)
+
+    wait_until(lambda: fired(1), what="the first, after the grace")
+    wait_until(lambda: fired(1) and not clock.rows.run(schedules.overdue(0.0)), 1)
+    for count in (2, 3):
+        clock.due(ago=0.0)
+        wait_until(lambda count=count: fired(count), 0.4, "an occurrence at the next poll")
+    clock.rows.worker(kind="beat")
+    wait_until(lambda: fired(3) and not stand_in._fires, what="a beat is seen")
+    clock.due(ago=5)
+    before = clock.rows.run(maintenance.now())
+    wait_until(lambda: fired(3) and (clock.rows.run(maintenance.now()) - before).total_seconds() > 1.2)
+    assert clock.of("fired") == [(3,)], "overdue or not, it is the beat's"
+
+
+def test_the_server_ends_the_transaction_of_a_beat_that_freezes(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry())
+    clock.due()
+    beat = rows.other()
+    held = Held(beat, schedules.fire(())).until("move_schedule")
+    (row,) = beat.fetch("SHOW idle_in_transaction_session_timeout")
+    assert row["idle_in_transaction_session_timeout"] == "10s"
+    held.commit()
+    (row,) = beat.fetch("SHOW idle_in_transaction_session_timeout")
+    assert row["idle_in_transaction_session_timeout"] == "0", "of that transaction only"
+
+
+def test_every_occurrence_that_is_left_out_is_counted(rows: Rows, clock: Clock) -> None:
+    clock.declare(entry(schedule=every(0.25), overlap="skip"))
+    clock.due(ago=1.1)
+    assert clock.fire() == 1
+    ((fired, skipped),) = clock.of("fired", "skipped")
+    assert (fired, skipped >= 4) == (1, True)

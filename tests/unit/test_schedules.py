@@ -114,6 +114,45 @@ def test_whoever_asks_in_the_second_of_two_hours_hears_of_none_in_the_first(
     assert after(schedule, moment, 1) == [due]
 
 
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe"])
+@pytest.mark.parametrize("text", ["30 2 * * *", "0,30 1,2 * * *", "*/20 * * * *", "*/30 1,2 * * *"])
+def test_what_follows_does_not_depend_on_where_one_looks_from(zone: str, text: str) -> None:
+    """A beat that starts, or a schedule that is enabled, in an hour that comes twice fires nothing a second time."""
+    found = crontab(text, tz=zone)
+    for day in ((3, 7, 22), (3, 28, 22), (4, 4, 12), (10, 3, 12), (10, 24, 20), (10, 31, 22)):
+        begin = datetime(2026, *day, tzinfo=UTC)
+        chain = [begin]
+        while chain[-1] < begin + timedelta(hours=16):
+            following = found.next_after(chain[-1])
+            assert following is not None
+            chain.append(following)
+        assert chain == sorted(set(chain))
+        for minutes in range(0, 16 * 60, 7):
+            moment = begin + timedelta(minutes=minutes, seconds=13)
+            assert found.next_after(moment) == next(at for at in chain if at > moment)
+
+
+@pytest.mark.parametrize(
+    ("given", "days"),
+    [
+        ("fri-mon", "0,1,5,6"),
+        ("sat-sun", "0,6"),
+        ("5-1", "0,1,5,6"),
+        ("Sunday", "sun"),
+        ("monday,thursday", "mon,thu"),
+        ("mon-fri", "mon-fri"),
+    ],
+)
+def test_weekdays_are_taken_as_celery_takes_them(given: str, days: str) -> None:
+    assert crontab(minute=0, hour=0, day_of_week=given).text == f"0 0 * * {days}"
+
+
+@pytest.mark.parametrize("given", ["fry-mon", "fri-mon-tue", "fri-", "-", "someday", "7-8"])
+def test_wrong_weekdays_are_refused(given: str) -> None:
+    with pytest.raises(DefinitionError, match="bad day-of-week"):
+        crontab(minute=0, hour=0, day_of_week=given)
+
+
 MINUTE = every(60)
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -142,6 +181,14 @@ def test_an_occurrence_that_is_too_late_is_skipped_if_that_was_asked_for() -> No
     daily = crontab(hour=12, minute=0)
     assert occurrences_due(daily, "skip", NOON, NOON + timedelta(hours=1)) == ([], NOON + timedelta(days=1))
     assert occurrences_due(daily, "once", NOON, NOON + timedelta(hours=1)) == ([NOON], NOON + timedelta(days=1))
+
+
+@pytest.mark.parametrize("misfire", ["once", "skip", "all"])
+def test_several_that_are_merely_late_are_fired_each(misfire: str) -> None:
+    """A beat that stood still for a moment, or was restarted, has missed nothing."""
+    found, next_at = occurrences_due(every(0.25), misfire, NOON, NOON + timedelta(seconds=1.1))
+    assert [(moment - NOON).total_seconds() for moment in found] == [0, 0.25, 0.5, 0.75, 1]
+    assert next_at == NOON + timedelta(seconds=1.25)
 
 
 @pytest.fixture
@@ -232,6 +279,35 @@ def test_a_name_is_declared_once(app: Durable) -> None:
         app.schedules()
     with pytest.raises(ConfigError, match="beat_schedule must map names"):
         app.conf.beat_schedule = [1]  # type: ignore[assignment]
+
+
+def test_two_declarations_of_one_name_are_refused_and_the_same_module_again_is_not(app: Durable) -> None:
+    add = app.find_task("add")
+    app.periodic(every(1), args=(1,))(add)
+    app.periodic(every(1), args=(1,))(add)
+    with pytest.raises(DefinitionError, match="'add' is declared twice; give one of them name="):
+        app.periodic(every(2), args=(1,))(add)
+    assert [entry.schedule for entry in app.schedules()] == [every(1)]
+
+
+def test_settings_that_are_set_after_a_declaration_count(app: Durable) -> None:
+    app.periodic(every(1), args=(1,))(app.find_task("add"))
+    app.conf.serializer = "msgpack"
+    (entry,) = app.schedules()
+    assert entry.new.state.type == app.prepare("add", {"args": (1,)}).state.type == "msgpack"
+
+
+def test_wrong_entries_are_told_apart_from_the_right_ones(app: Durable) -> None:
+    app.periodic(every(1), args=(1,))(app.find_task("add"))
+    app.periodic(every(1), name="big", args=("x" * 2_000_000,))(app.find_task("add"))
+    app.conf.beat_schedule = {
+        "typo": {"task": "ad", "schedule": 1},
+        "fine": {"task": "add", "schedule": 1, "args": (1,)},
+    }
+    found, wrong = app.declared()
+    assert [entry.name for entry in found] == ["add", "fine"]
+    for error, said in zip(wrong, ["schedule 'big': ", "entry 'typo': no task 'ad'"], strict=True):
+        assert said in str(error)
 
 
 def test_a_template_of_newer_code_is_not_read_wrongly() -> None:
