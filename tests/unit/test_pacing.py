@@ -10,6 +10,7 @@ import pytest
 from durable.config import Config
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.pacing import Pacing
+from durable.runtime.shared import SharedSeats
 
 HOUR = 3600.0
 
@@ -19,7 +20,7 @@ def pacing(waiting: int, **settings: Any) -> tuple[Pacing, Buffer, Outbox]:
     for _ in range(waiting):
         outbox.hand_over(object())  # type: ignore[arg-type]
     slot: Any = SimpleNamespace(mean_step=None, running=True)
-    return Pacing(Config(**settings), slot, buffer, outbox), buffer, outbox
+    return Pacing(Config(**settings), slot, buffer, outbox, SharedSeats(1).seat(0)), buffer, outbox
 
 
 @pytest.mark.parametrize(("waiting", "due"), [(0, False), (1, False), (9, False), (10, True), (11, True)])
