@@ -353,7 +353,7 @@ class Transaction(Protocol):
 
 
 Begin = Callable[[Claimed, bool, Callable[[Transaction], None]], None]
-"""Opens the transaction of a step, and passes it on: its claim, whether it is `async def`, who keeps the transaction."""
+"""Opens a step's transaction and passes it on: the claim, whether the step is async, who keeps the transaction."""
 
 
 def current() -> Context[Any] | None:
