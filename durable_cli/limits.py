@@ -154,7 +154,7 @@ def reset(session: Session, name: str, kind: str | None) -> None:
 
 def _has_tasks(app: Durable) -> bool:
     """Whether this is an app and not only a database."""
-    return bool(app.definitions or app.limit_rows.configured)
+    return bool(app.limit_rows.configured or app.tasks or app.machines)
 
 
 def _tell(session: Session, kind: str, name: str, outcome: str) -> None:

@@ -31,6 +31,9 @@ BUSY_INTERVAL = 0.05
 """Seconds between two looks beside unlimited work."""
 IN_FLUX = 0.005
 """Seconds until rows are looked at again that somebody else was deciding about; doubled up to eight times that."""
+MISSED = 0.01
+"""Seconds by which a process comes later to the opening of a token lane for each time that others were first."""
+MOST_MISSES = 20
 PARKING_SHARE = 20
 """One part in so many of its time a process spends on parking rows, while there is unlimited work."""
 WINDOW = 20
@@ -54,6 +57,7 @@ class LimitedPicker:
         self._looked_at = self._not_before = 0.0
         self._patience = IN_FLUX
         self._window = WINDOW
+        self._misses = 0
 
     def look_soon(self) -> None:
         """Something was committed or heard: look again, if the last look is not too near."""
@@ -84,7 +88,7 @@ class LimitedPicker:
         if not candidates and (opens_in is None or opens_in > 0):
             self._patience, self._window = IN_FLUX, WINDOW
             if opens_in is not None:
-                self.next_at = now + opens_in
+                self.next_at = now + self._politely(opens_in)
             return []
         demand = Demand(worker, self._queue, limit, slots, alone, max(self._window, limit), unknown, position)
         try:
@@ -109,8 +113,8 @@ class LimitedPicker:
             self._window = min(WIDEST_WINDOW, self._window * 2)
         elif admitted.rows:
             self._window = WINDOW
-        if admitted.rows or self.dry:
-            self._patience = IN_FLUX
+        if admitted.rows or self.dry or self.suspect:
+            self._patience, self._misses = IN_FLUX, 0
             self.next_at = now
         elif admitted.parked:
             # There may be many more to park: beside unlimited work that gets a part of the time.
@@ -120,5 +124,10 @@ class LimitedPicker:
             # It is held by other claims, or comes after the unlimited rows, or has just been passed on.
             self.next_at = now + self._patience
             self._patience = min(self._patience * 2, 8 * IN_FLUX)
-        if admitted.opens_in is not None:
-            self.next_at = min(self.next_at, now + admitted.opens_in)
+        if admitted.opens_in is not None and not admitted.rows:
+            self.next_at = min(self.next_at, now + self._politely(admitted.opens_in))
+
+    def _politely(self, opens_in: float) -> float:
+        """Seconds until a look at a lane that opens then: whoever came in vain lets others be first, and notes it."""
+        self._misses = min(self._misses + 1, MOST_MISSES)
+        return opens_in + (self._misses - 1) * MISSED

@@ -28,7 +28,7 @@ from durable.storage.tallies import Bucket, Key, Slots, Tokens, missing, share, 
 MOST_NAMES = 64
 """Keys and buckets that one claim locks: each takes a place in the server's lock table for a moment."""
 PASSED_ON = 20
-"""Rows of a lane that one claim makes candidates for others."""
+"""About how many parked rows one claim makes candidates for others, one per lane at least."""
 MOST_DUE = 20
 LAST = (32767, datetime(9999, 12, 31, tzinfo=UTC))
 
@@ -229,7 +229,7 @@ def _assess_buckets(
 
 def _heads(tally: _Tally) -> Operation[list[Row]]:
     """Lock the best parked rows of the lanes that have something to give."""
-    most = tally.demand.limit + PASSED_ON
+    most = tally.demand.limit + max(1, PASSED_ON // (len(tally.keys) + len(tally.buckets) or 1))
     wanted = {key_lane(name): min(key.free, most) for name, key in tally.keys.items() if key.free > 0}
     # A bucket without tokens shows its first row too: that says when it opens.
     wanted |= {rate_lane(name): max(1, min(bucket.tokens, most)) for name, bucket in tally.buckets.items()}
