@@ -260,7 +260,8 @@ class Engine:
                 self._alone = True
                 self._buffer_rows(rows)
                 return
-        due = self._limited.is_due()
+        # A process that slept has looked for limited rows before: its latency is that of unlimited ones.
+        due = self._limited.is_due() and not (self._more and self._seat.state == IDLE)
         if nothing_held and (due or self._more):
             # Before the claim that may find nothing: a wake-up between the two then rings us.
             self._seat.state = IDLE
