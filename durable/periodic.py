@@ -29,14 +29,12 @@ class PeriodicWork:
     """The part of an app that declares periodic work."""
 
     conf: Config
+    prepare: Callable[[Any, Mapping[str, Any]], NewInstance]
+    """The app's: returns the checked row for a target."""
 
     def __init__(self) -> None:
         self._declared: dict[str, tuple[Any, ...]] = {}
         """Arguments of `_declare`, by name: payloads are encoded when all settings are set."""
-
-    def prepare(self, target: Any, options: Mapping[str, Any]) -> NewInstance:
-        """Return the checked row for a target; the app's."""
-        raise NotImplementedError
 
     def periodic(
         self,

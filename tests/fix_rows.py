@@ -193,6 +193,16 @@ def schema(database: str, shared_schema: str) -> Iterator[str]:
     """
     yield shared_schema
     with psycopg.connect(database, autocommit=True, options="-c lock_timeout=10s") as connection:
-        for table in ("instances", "history", "workers", "schedules", "limits", "gates", "buckets", "queues"):
+        for table in (
+            "instances",
+            "history",
+            "workers",
+            "schedules",
+            "limits",
+            "gates",
+            "buckets",
+            "queues",
+            "signals",
+        ):
             connection.execute(f"DELETE FROM {shared_schema}.{table}")
         connection.execute(f"UPDATE {shared_schema}.duties SET ran_at = '-infinity'")

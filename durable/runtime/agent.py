@@ -10,7 +10,7 @@ wake-up, and so that the supervisor needs no socket.
 * A claim that is to be terminated has its process killed (termination.py); a notification says when to look, and the
   poll finds those that were missed, or are entered later.
 * The supervisor reports each dead child with what it was running: its rows go back at once.
-* Orders (a queue paused, a command to end; orders.py) are looked for at each heartbeat and when a notification says so.
+* Orders (a queue paused, a command to end; orders.py) are looked for now and then, and when a notification says so.
 * It promotes what is due and reaps, so that a missing beat costs about a second; GC only when no beat did it.
 """
 
@@ -105,7 +105,7 @@ class Agent:
         self._look_again_at = now
         self._reap_at = now + conf.reconcile_interval
         self._terminate_at = now
-        self._orders_at = now
+        self._orders_at = self._orders_look_at = now
         self._gc_look_at = now + conf.gc_interval + conf.beat_grace
 
     def run(self) -> int:
@@ -162,7 +162,8 @@ class Agent:
         if now >= self._heartbeat_at:
             self._heartbeat()
             self._heartbeat_at = now + conf.heartbeat_interval
-            self._orders_at = now
+        if now >= self._orders_look_at:
+            self._orders_at, self._orders_look_at = now, now + conf.reconcile_interval
         if self._deaths:
             self._hand_back()
         if self._listener.tend():

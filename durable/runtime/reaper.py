@@ -15,7 +15,7 @@ from datetime import datetime
 from durable.config import Config
 from durable.runtime import limits, reporting
 from durable.runtime.link import Link
-from durable.storage import maintenance, workers
+from durable.storage import lanes, maintenance, workers
 from durable.storage.workers import Reclaimed
 from durable.wakeups import Wakeups
 
@@ -39,6 +39,6 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
     reporting.reaped(total.ids)
     for operation in wakeups.handed_back(total.by_queue):
         link.run(operation)
-    if link.run(maintenance.take_duty("limits", conf.reaper_interval * 0.9)):
+    if link.run(lanes.in_use()) and link.run(maintenance.take_duty("limits", conf.reaper_interval * 0.9)):
         limits.repair(link, wakeups)
     return total

@@ -241,6 +241,12 @@ WITH due AS MATERIALIZED (
 )
 SELECT queue, count(*) FROM opened GROUP BY queue;
 
+-- name: limits_in_use
+-- Whether anything is there that could need mending: a parked row, a drawn slot. Rows: bool.
+SELECT EXISTS (SELECT FROM {schema}.instances WHERE status = 'runnable' AND lane IS NOT NULL)
+       OR EXISTS (SELECT FROM {schema}.instances WHERE status = 'executing' AND gate_shard IS NOT NULL)
+       OR EXISTS (SELECT FROM {schema}.gates WHERE used > 0);
+
 -- name: any_parked
 -- Whether any row is parked at all. Rows: parked.
 SELECT EXISTS (SELECT FROM {schema}.instances WHERE status = 'runnable' AND lane IS NOT NULL);

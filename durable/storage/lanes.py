@@ -64,6 +64,11 @@ def lock_gates(keys: Sequence[str]) -> Operation[list[Row]]:
     return (yield "lock_gates", {"keys": TextArray(keys)})
 
 
+def in_use() -> Operation[bool]:
+    """Tell whether a row is parked or a slot drawn: without either there is nothing to repair."""
+    return bool((yield "limits_in_use", {})[0][0])
+
+
 def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
     """Mend counters and lanes that contradict what executes. Needs a transaction.
 
