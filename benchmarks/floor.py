@@ -16,7 +16,7 @@ from durable.storage.session import PINNED_PLANS
 CLAIM = """
 WITH picked AS MATERIALIZED (
     SELECT ctid AS row FROM {schema}.instances
-    WHERE queue = 'default' AND status = 'runnable' AND crashes = 0
+    WHERE queue = 'default' AND status = 'runnable' AND crashes = 0 AND concurrency_key IS NULL AND rate_limit IS NULL
     ORDER BY priority, eligible_at, id LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE {schema}.instances AS i SET status = 'executing', worker_id = %(worker)s, token = i.token + 1
