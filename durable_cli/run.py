@@ -164,8 +164,10 @@ def beat(ctx: click.Context, loglevel: str, log_format: str, name: str | None, m
     name_process("durable-beat")
     found = preflight.look(app)
     _announce(session, "beat", {"name": name, **_facts(app, found)}, log_format, None)
+    running = Beat(app, name)
+    running.heed_signals()
     with telemetry.process("beat"):
-        code = Beat(app, name).run()
+        code = running.run()
     ctx.exit(code)
 
 

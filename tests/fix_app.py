@@ -83,6 +83,11 @@ class Command:
                 found.append(int(status.parent.name))
         return sorted(found)
 
+    def started(self, title: str = "durable:", count: int = 1) -> list[int]:
+        """Wait until it has that many such children (each names itself after its fork); return their pids."""
+        wait_until(lambda: len(self.children(title)) == count, what=f"{count} children named {title}")
+        return self.children(title)
+
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
         """Send a signal, wait for the end, return the exit code."""
         if self.process.poll() is None:

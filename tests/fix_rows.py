@@ -156,6 +156,13 @@ class Rows(Session):
         wait_until(lambda: future.done() or self.is_blocked(session), what="a wait for a lock")
         assert not future.done(), f"it did not wait: {future.result()!r}"
 
+    def lose(self, session: Session) -> None:
+        """End a session as a death does; return when its server process has undone what was open."""
+        pid = session.pid
+        session.connection.close()
+        query = "SELECT FROM pg_stat_activity WHERE pid = %s"
+        wait_until(lambda: self.connection.execute(query, [pid]).rowcount == 0, what="the end of its server process")
+
     def close(self) -> None:
         """Close every session; whatever still waits for a lock gets it."""
         for session in [*self._others, self]:

@@ -56,9 +56,7 @@ class Beat:
 
     def run(self) -> int:
         """Beat until SIGTERM or SIGINT; return the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
-        signal.set_wakeup_fd(-1)
+        self.heed_signals()
         log.info("beat %s starts", self._name)
         beat_init.send(self._name)
         try:
@@ -75,6 +73,12 @@ class Beat:
         self._link.drop()
         self._listener.close()
         return 0
+
+    def heed_signals(self) -> None:
+        """Let SIGTERM and SIGINT end it in order; before anything tells the world that it lives."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        signal.set_wakeup_fd(-1)
 
     def stop(self) -> None:
         """End after the present turn; safe in a signal handler."""

@@ -178,7 +178,7 @@ def test_a_lost_notification_costs_at_most_one_poll(fleet: Fleet) -> None:
 def test_an_agent_that_dies_takes_no_wake_up_with_it(fleet: Fleet) -> None:
     """Rows that come while nobody listens are found when its successor begins."""
     fleet.start("default")
-    (agent,) = fleet.commands["default"].children("durable:agent")
+    (agent,) = fleet.commands["default"].started("durable:agent")
     os.kill(agent, signal.SIGSTOP)
     untold = [fleet.noop.delay(n) for n in range(5)]
     os.kill(agent, signal.SIGKILL)

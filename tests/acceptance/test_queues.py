@@ -181,8 +181,8 @@ def test_a_queues_processes_become_more_and_fewer_while_it_runs_and_no_step_is_c
     set_concurrency(app, 3)
     results = [tasks["wait_for"].delay(str(began), str(go)) for _ in range(3)]
     wait_until(lambda: len(set(lines(began))) == 3, what="three at once")
-    assert len(worker.children("durable:default")) == 3
-    assert len(worker.children("durable:other")) == 1
+    worker.started("durable:default", 3)
+    worker.started("durable:other")
 
     set_concurrency(app, 1)
     wait_until(lambda: "1 worker processes instead of 3" in worker.output(), what="the order")
@@ -215,7 +215,7 @@ def test_autoscale_adds_processes_while_work_waits_and_not_while_it_does_not(
     wait_until(lambda: len(worker.children("durable:default")) == 1, what="the fewest")
     results = [tasks["wait_for"].delay(str(began), str(go)) for _ in range(5)]
     wait_until(lambda: len(set(lines(began))) == 3, what="the most at once")
-    assert len(worker.children("durable:default")) == 3
+    worker.started("durable:default", 3)
     go.touch()
     for result in results:
         result.get(timeout=20)
@@ -251,11 +251,11 @@ def test_a_command_that_is_asked_reloads_once_and_then_stops(
     worker = durable_worker("worker", "-c", "1", "-n", "me", **SLOW_CLOCKS)
     done = tmp_path / "done"
     tasks["mark"].delay(str(done), "before").get(timeout=20)
-    first = worker.children("durable:default")
+    first = worker.started("durable:default")
     assert ask(app, "reload") == [(os.uname().nodename, worker.pid)]
     wait_until(lambda: "starts afresh" in worker.output(), what="the reload")
     tasks["mark"].delay(str(done), "after").get(timeout=20)
-    assert worker.children("durable:default") != first
+    assert worker.started("durable:default") != first
     assert ask(app, "stop") == [(os.uname().nodename, worker.pid)]
     assert worker.process.wait(20) == 0
     assert worker.output().count("starts afresh") == 1

@@ -261,7 +261,7 @@ def test_processes_announce_themselves(
 
     command = durable_worker("worker", "-c", "2", "-B")
     wait_until(lambda: len(notes().get("worker_process_init", [])) == 2 and "beat_init" in notes(), what="the notes")
-    children = set(command.children("durable:default"))
+    children = set(command.started("durable:default", 2))
     assert command.stop() == 0
     found = notes()
     assert set(found["worker_process_init"]) == children == set(found["worker_process_shutdown"])

@@ -61,7 +61,7 @@ def test_an_orderly_end_makes_it_unhealthy(worker: Any, durable: Callable[..., R
 def test_a_heartbeat_that_is_too_old_is_unhealthy_and_named(
     worker: Any, durable: Callable[..., Ran], connection: psycopg.Connection[Any], schema: str
 ) -> None:
-    (agent,) = worker.children("durable:agent")
+    (agent,) = worker.started("durable:agent")
     os.kill(agent, signal.SIGSTOP)
     try:
         ran = wait_until(lambda: (ran := durable("healthcheck", "--max-age", "1")).code and ran)
@@ -84,7 +84,7 @@ def test_a_worker_that_claims_nothing_though_slots_are_free_is_stuck(
 ) -> None:
     worker = durable_worker("worker", "-c", "2", DURABLE_LEASE_TTL="60")
     wait_until(lambda: len(durable("workers", "--json").json) == 2)
-    agent = worker.children("durable:agent")[0]
+    (agent,) = worker.started("durable:agent")
     os.kill(agent, signal.SIGSTOP)  # nobody rings the idle children any more
     try:
         ran = durable("call", "tasks.add", "--args", "[1]")

@@ -155,7 +155,7 @@ def test_no_bound_is_ever_exceeded_while_processes_are_killed(
 
     for kill, at in enumerate((40, 90, 140)):
         wait_until(lambda at=at: effects() >= at, 60, f"effects before kill {kill}")
-        victims = workers[kill % 2].children("durable:")
+        victims = wait_until(lambda kill=kill: workers[kill % 2].children("durable:"), what="a child to kill")
         os.kill(rng.choice(victims), signal.SIGKILL)
     workers[0].process.kill()
     workers.append(durable_worker("worker", "-c", "3"))

@@ -76,7 +76,7 @@ def test_a_beat_that_dies_between_insert_and_commit_leaves_the_occurrence_to_oth
     clock.declare(entry())
     clock.due()
     first = Held(rows.other(), schedules.fire(())).until("move_schedule")
-    first.session.connection.close()
+    rows.lose(first.session)
     assert clock.fire() == 1
     assert clock.inserted == 1
     ((fired, late),) = clock.of("fired", "next_at > clock_timestamp()")

@@ -111,14 +111,14 @@ def test_one_scrape_sees_all_processes_of_a_worker_and_outlives_their_deaths(
         labels = (("fsm", f"tasks.{name}"), ("kind", "done"), ("step", "run"))
         return scrape(port).get(("durable_step_duration_seconds_count", labels))
 
-    assert (done("work"), done("other")) == (5, 1)
-    victim = worker.children("durable:default")[0]
+    wait_until(lambda: (done("work"), done("other")) == (5, 1), what="what was done to be counted")
+    victim = worker.started("durable:default", 2)[0]
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: victim not in worker.children("durable:") and len(worker.children("durable:default")) == 2)
     wait_until(lambda: scrape(port).get(slots) == 2, what="gauges of those that live")
     assert done("work") == 5, "what it had counted is not lost"
 
-    agent = worker.children("durable:agent")[0]
+    (agent,) = worker.started("durable:agent")
     os.kill(agent, signal.SIGKILL)
     wait_until(lambda: done("work") == 5, what="the new agent serves")
     assert worker.stop() == 0
