@@ -143,7 +143,7 @@ def test_without_an_answer_of_the_database_it_is_unhealthy_within_seconds(
             dsn = f"postgresql://me:sesame@127.0.0.1:{silent.getsockname()[1]}/x"
         began = time.monotonic()
         ran = process("healthcheck", env={"DURABLE_DSN": dsn})
-        assert time.monotonic() - began < 7
+        assert time.monotonic() - began < 30  # one that waits for ever is cut off after 60
     assert ran.code == 1
     assert ran.error.startswith("Error: unhealthy: ")
     assert "sesame" not in ran.err

@@ -48,11 +48,13 @@ def test_one_document_a_line_with_the_rate_since_the_line_before(shop: Path, row
         rows.insert()
         finished = 0.0
         before = first
-        for _ in range(8):
+        for _ in range(60):
             page = json.loads(process.stdout.readline())
             (queue,) = [state for state in page["queues"] if state["queue"] == "default"]
             finished += queue["rate"] * _seconds(before["at"], page["at"])
             before = page
+            if finished >= 200 and queue["runnable"] == 1:
+                break
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stderr is not None
