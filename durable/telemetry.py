@@ -44,17 +44,21 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
             ("count",), ("queue",), "claims were taken back that a dead process, or nobody, knew of"
         ),
         "concurrency.contended": Event(
-            ("count",), ("id", "fsm", "concurrency_key"), "a claimed row had to wait for its key after all"
+            ("count",), ("id", "fsm", "concurrency_key"), "a claim found a row's key taken, and parked the row"
         ),
-        "concurrency.throttled": Event(("wanted", "admitted"), ("key", "queue"), "a gate let in less than was wanted"),
+        "concurrency.throttled": Event(
+            ("wanted", "admitted"), ("key", "queue"), "a gate had too few slots for a claim"
+        ),
         "outcome.stale": Event(("count",), ("id", "fsm", "step", "kind"), "an outcome came when its claim was lost"),
         "reaper.reaped": Event(("count",), ("ids",), "rows of workers that stopped answering were taken back"),
         "await.timeout": Event(("count",), (), "parks on signals ended by their timeout"),
         "gc.swept": Event(("count", "buckets", "gates"), (), "garbage was collected"),
-        "rate_limit.throttled": Event(("wanted", "granted"), ("key", "queue"), "a limit granted less than was wanted"),
-        "rate_limit.contended": Event(("count",), ("queue",), "tokens were taken by others between a look and a claim"),
+        "rate_limit.throttled": Event(
+            ("wanted", "granted"), ("key", "queue"), "a bucket had too few tokens for a claim"
+        ),
+        "rate_limit.contended": Event(("count",), ("queue",), "another claim held the tokens of rows"),
         "rate_limit.unknown": Event(
-            ("count",), ("key", "name", "fsm", "step"), "rows wait for a limit that does not exist any more"
+            ("count",), ("key", "name", "fsm", "step"), "a claim parked rows whose rate limit does not exist any more"
         ),
     }
 )

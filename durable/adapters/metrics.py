@@ -44,12 +44,12 @@ METRICS = (
     Metric("gc_swept", "counter", "gc.swept", "count", (), "rows and partitions collected as garbage"),
     Metric("gc_swept_buckets", "counter", "gc.swept", "buckets", (), "buckets of rate limits collected as garbage"),
     Metric("gc_swept_gates", "counter", "gc.swept", "gates", (), "gates collected as garbage"),
-    Metric("concurrency_contended", "counter", "concurrency.contended", "count", ("fsm",), "claims that met busy keys"),
+    Metric("concurrency_contended", "counter", "concurrency.contended", "count", ("fsm",), "rows that met a taken key"),
     Metric("concurrency_wanted", "counter", "concurrency.throttled", "wanted", ("queue",), "rows that met full gates"),
     Metric("concurrency_admitted", "counter", "concurrency.throttled", "admitted", ("queue",), "of those, let in"),
     Metric("rate_limit_wanted", "counter", "rate_limit.throttled", "wanted", ("queue",), "rows that met dry limits"),
     Metric("rate_limit_granted", "counter", "rate_limit.throttled", "granted", ("queue",), "of those, let in"),
-    Metric("rate_limit_contended", "counter", "rate_limit.contended", "count", ("queue",), "claims that lost tokens"),
+    Metric("rate_limit_contended", "counter", "rate_limit.contended", "count", ("queue",), "rows in wait for claims"),
     Metric("rate_limit_unknown", "counter", "rate_limit.unknown", "count", ("name",), "rows whose limit is gone"),
 )
 """Every metric; adapters put `durable` before the name, and the unit and kind behind it as is usual with them."""

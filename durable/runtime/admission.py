@@ -97,6 +97,7 @@ class LimitedPicker:
             log.info("another claim took the same concurrency key; claiming again")
             admitted = Admitted(again=True)
         reporting.picked(self._queue, worker, limit, len(admitted.rows))
+        reporting.admitted(self._queue, admitted)
         self._plan(admitted, now, self._clock() - now, busy=position is not None)
         for operation in self._wakeups.became_ready(admitted.ready):
             self._link.run(operation)

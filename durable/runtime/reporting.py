@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from durable import telemetry, tracing
 from durable.instance import Claimed
+from durable.limits import name_of
 from durable.storage.claims import Commit
+from durable.storage.verdicts import Admitted
 
 log = logging.getLogger(__name__)
 _step_log = logging.getLogger("durable.step")
@@ -111,6 +114,32 @@ def picked(queue: str, worker: int, demand: int, count: int) -> None:
         telemetry.emit("pick.stop", {"count": count, "demand": demand}, {"queue": queue, "worker": worker})
 
 
+def admitted(queue: str, claim: Admitted) -> None:
+    """A claim of limited rows came back: tell what kept rows from going."""
+    denied = claim.denied
+    if denied.gates and "concurrency.throttled" in telemetry.attached:
+        let_in = Counter(row.concurrency_key for row in claim.rows)
+        for key, count in denied.gates.items():
+            measured = {"wanted": count + let_in[key], "admitted": let_in[key]}
+            telemetry.emit("concurrency.throttled", measured, {"key": key, "queue": queue})
+    if denied.buckets and "rate_limit.throttled" in telemetry.attached:
+        granted = Counter(row.rate_limit for row in claim.rows)
+        for bucket, count in denied.buckets.items():
+            measured = {"wanted": count + granted[bucket], "granted": granted[bucket]}
+            telemetry.emit("rate_limit.throttled", measured, {"key": bucket, "queue": queue})
+    if denied.contended:
+        telemetry.emit("rate_limit.contended", {"count": denied.contended}, {"queue": queue})
+    if denied.busy and "concurrency.contended" in telemetry.attached:
+        for row in denied.busy:
+            about = {"id": row.id, "fsm": row.machine, "concurrency_key": row.key}
+            telemetry.emit("concurrency.contended", {"count": 1}, about)
+    if denied.unknown and "rate_limit.unknown" in telemetry.attached:
+        parked = Counter((str(row.bucket), row.machine, row.step) for row in denied.unknown)
+        for (name, machine, step), count in parked.items():
+            limit = {"key": name, "name": name_of(name), "fsm": machine, "step": step}
+            telemetry.emit("rate_limit.unknown", {"count": count}, limit)
+
+
 def stale(commits: Sequence[Commit]) -> None:
     """Outcomes did not count: their rows had been taken away."""
     if not commits:
@@ -162,6 +191,6 @@ def timed_out(by_queue: Mapping[str, int]) -> None:
         telemetry.emit("await.timeout", {"count": sum(by_queue.values())}, {})
 
 
-def swept(count: int, buckets: int = 0, gates: int = 0) -> None:
-    """Garbage was collected: rows and partitions; of rate limits; of gates."""
+def swept(count: int, buckets: int, gates: int) -> None:
+    """Garbage was collected: rows and partitions; shards of buckets; shards of gates."""
     telemetry.emit("gc.swept", {"count": count, "buckets": buckets, "gates": gates}, {})

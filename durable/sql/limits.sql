@@ -43,9 +43,10 @@ ORDER BY i.priority, i.eligible_at, i.id LIMIT 1;
 
 -- name: limited_candidates
 -- Candidates in pick order, up to a place in it.
--- Params: queue text, to_priority int, to_time timestamptz, unknown text[], limit bigint. Rows: admission.Row.
+-- Params: queue text, to_priority int, to_time timestamptz, unknown text[], limit bigint. Rows: verdicts.Row.
 -- Locks: instances FOR NO KEY UPDATE SKIP LOCKED.
-SELECT i.id, i.priority, i.eligible_at, i.queue, i.lane, i.concurrency_key, i.rate_limit, i.weight, i.crashes, true
+SELECT i.id, i.priority, i.eligible_at, i.queue, i.lane, i.concurrency_key, i.rate_limit, i.weight, i.crashes, true,
+       i.machine, i.step
 FROM {schema}.instances AS i
 WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.lane IS NULL
   AND (i.concurrency_key IS NOT NULL OR i.rate_limit IS NOT NULL)
@@ -119,13 +120,14 @@ SELECT NULL, NULL, clock_timestamp();
 
 -- name: lane_heads
 -- The best rows parked in lanes. Params: queue text, unknown text[], lanes text[], counts int[].
--- Rows:   admission.Row, its last column whether this worker knows the machine.
+-- Rows:   verdicts.Row, `ours`: of the queue, and of a machine that this worker knows.
 -- Locks:  instances FOR NO KEY UPDATE SKIP LOCKED.
 SELECT h.* FROM unnest(%(lanes)s::text[], %(counts)s::int[]) AS l (lane, count)
 CROSS JOIN LATERAL (
     SELECT i.id, i.priority, i.eligible_at, i.queue, i.lane, i.concurrency_key, i.rate_limit, i.weight, i.crashes,
            i.queue = %(queue)s AND (cardinality(%(unknown)s::text[]) = 0
-                                    OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
+                                    OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[])),
+           i.machine, i.step
     FROM {schema}.instances AS i
     WHERE i.status = 'runnable' AND i.lane = l.lane COLLATE "C"
     ORDER BY i.priority, i.eligible_at, i.id

@@ -1,7 +1,7 @@
 """The claim of limited rows: which of them may go, which are parked, and what that takes. SQL in sql/limits.sql.
 
-One short transaction of a few statements; what is decided between them is `_decide`. It looks at the queue's candidates
-and, for keys and buckets that have something left, at the best rows parked in their lanes, all in pick order:
+One short transaction of a few statements; what is decided between them is `verdicts.decide`. It looks at the queue's
+candidates and, for keys and buckets that have something left, at the best rows parked in their lanes, in pick order:
 
 * A row for which there is room is admitted: executing, with a slot and tokens taken.
 * A candidate for which there is none is parked in the lane of what it lacks; a parked row stays as it is.
@@ -13,10 +13,9 @@ and, for keys and buckets that have something left, at the best rows parked in t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
 
 from durable.instance import Claimed
 from durable.limits import key_lane, name_of, rate_lane
@@ -24,100 +23,22 @@ from durable.storage import lanes
 from durable.storage.arrays import Int4Array, Int8Array, TextArray, TimestampArray
 from durable.storage.session import Operation
 from durable.storage.tallies import Bucket, Key, Slots, Tokens, missing, share, token_time
+from durable.storage.verdicts import LAST, Admitted, Demand, Row, Tally, decide
+
+__all__ = ["LAST", "Admitted", "Demand", "claim_limited", "limited_waits"]
 
 MOST_NAMES = 64
 """Keys and buckets that one claim locks: each takes a place in the server's lock table for a moment."""
 PASSED_ON = 20
 """About how many parked rows one claim makes candidates for others, one per lane at least."""
 MOST_DUE = 20
-LAST = (32767, datetime(9999, 12, 31, tzinfo=UTC))
-
-
-class Row(NamedTuple):
-    """A limited row as it is judged; `ours`: of the claim's queue, and of a machine that its worker knows."""
-
-    id: int
-    priority: int
-    eligible_at: datetime
-    queue: str
-    lane: str | None
-    key: str | None
-    bucket: str | None
-    weight: int
-    crashes: int
-    ours: bool
-
-    @property
-    def place(self) -> tuple[int, datetime, int]:
-        """In the pick order."""
-        return self.priority, self.eligible_at, self.id
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a worker process asks for.
-
-    limit      rows at most
-    slots      rows with a rate limit at most: as many as slots wait, since those are never prefetched
-    window     candidates to look at; they are locked, and so hidden from other claims
-    alone      whether the process holds nothing, so that a row with a crash behind it may be claimed, alone
-    position   from where in the pick order to look for unlimited rows, which must not wait longer; None: there are none
-    """
-
-    worker: int
-    queue: str
-    limit: int
-    slots: int
-    alone: bool
-    window: int = 100
-    unknown: Sequence[str] = ()
-    position: tuple[int, datetime] | None = None
-
-
-@dataclass(slots=True)
-class Admitted:
-    """What a claim did.
-
-    rows        claimed, best first
-    ready       rows that were made candidates for others, per queue
-    parked      candidates that were parked
-    again       something was in flux, or room is left: worth another look at once
-    wants_slot  a row with a rate limit could go, if a slot waited for it
-    suspect     a row with a crash behind it could go, if the process held nothing
-    opens_in    seconds until the first token lane that was seen opens
-    """
-
-    rows: list[Claimed] = field(default_factory=list)
-    ready: Counter[str] = field(default_factory=Counter)
-    parked: int = 0
-    again: bool = False
-    wants_slot: bool = False
-    suspect: bool = False
-    opens_in: float | None = None
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Everything a decision looks at and everything it decides. A name that is not in `keys`/`buckets` is in flux."""
-
-    demand: Demand
-    to: tuple[int, datetime] = LAST
-    keys: dict[str, Key] = field(default_factory=dict)
-    buckets: dict[str, Bucket] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    """Buckets whose limit does not exist."""
-    admitted: list[tuple[int, int | None]] = field(default_factory=list)
-    rated: int = 0
-    """Admitted rows with a rate limit."""
-    moved: dict[int, str | None] = field(default_factory=dict)
-    result: Admitted = field(default_factory=Admitted)
 
 
 def claim_limited(demand: Demand) -> Operation[Admitted]:
     """Claim limited rows. Needs a transaction; raises UniqueViolation when another claim took a key after all."""
     if not (yield "live_lease", {"worker": demand.worker, "queue": demand.queue}):
         return Admitted()
-    tally = _Tally(demand)
+    tally = Tally(demand)
     if demand.position is not None:
         head = yield (
             "unlimited_head",
@@ -139,12 +60,12 @@ def claim_limited(demand: Demand) -> Operation[Admitted]:
     due = yield "due_buckets", {"limit": MOST_DUE}
     yield from _assess(tally, candidates, [row[0] for row in due])
     heads = yield from _heads(tally)
-    _decide(tally, [*candidates, *heads])
+    decide(tally, [*candidates, *heads])
     yield from _write(tally, heads)
     return tally.result
 
 
-def _assess(tally: _Tally, candidates: Sequence[Row], due: Sequence[str]) -> Operation[None]:
+def _assess(tally: Tally, candidates: Sequence[Row], due: Sequence[str]) -> Operation[None]:
     """Lock what the candidates need, as far as nobody else has it, and see what it has to give."""
     wanted: dict[str, None] = dict.fromkeys(rate_lane(bucket) for bucket in due)
     for row in candidates:
@@ -157,6 +78,8 @@ def _assess(tally: _Tally, candidates: Sequence[Row], due: Sequence[str]) -> Ope
     got = {name for name, is_ours in rows if is_ours}
     if len(got) < len(wanted):
         tally.result.again = True
+        lost = wanted.keys() - got
+        tally.taken = {row.bucket for row in candidates if row.bucket is not None and rate_lane(row.bucket) in lost}
     keys = sorted({row.key for row in candidates if row.key is not None and key_lane(row.key) in got})
     buckets = sorted(
         {bucket for bucket in (*due, *(row.bucket for row in candidates)) if bucket and rate_lane(bucket) in got}
@@ -178,7 +101,7 @@ def _assess(tally: _Tally, candidates: Sequence[Row], due: Sequence[str]) -> Ope
         yield from _assess_buckets(tally, buckets, rates)
 
 
-def _assess_keys(tally: _Tally, keys: Sequence[str], gates: dict[str, tuple[int, int]]) -> Operation[None]:
+def _assess_keys(tally: Tally, keys: Sequence[str], gates: dict[str, tuple[int, int]]) -> Operation[None]:
     tally.keys = {key: Key() for key in keys}
     gated = [key for key in keys if name_of(key) in gates]
     ungated = [key for key in keys if name_of(key) not in gates]
@@ -205,7 +128,7 @@ def _assess_keys(tally: _Tally, keys: Sequence[str], gates: dict[str, tuple[int,
 
 
 def _assess_buckets(
-    tally: _Tally, buckets: Sequence[str], rates: dict[str, tuple[int, timedelta, int, int]]
+    tally: Tally, buckets: Sequence[str], rates: dict[str, tuple[int, timedelta, int, int]]
 ) -> Operation[None]:
     locked = yield "lock_buckets", {"buckets": TextArray(buckets)}
     there = yield "bucket_shards", {"buckets": TextArray(buckets)}
@@ -227,7 +150,7 @@ def _assess_buckets(
         tally.buckets[name] = bucket
 
 
-def _heads(tally: _Tally) -> Operation[list[Row]]:
+def _heads(tally: Tally) -> Operation[list[Row]]:
     """Lock the best parked rows of the lanes that have something to give."""
     most = tally.demand.limit + max(1, PASSED_ON // (len(tally.keys) + len(tally.buckets) or 1))
     wanted = {key_lane(name): min(key.free, most) for name, key in tally.keys.items() if key.free > 0}
@@ -247,71 +170,7 @@ def _heads(tally: _Tally) -> Operation[list[Row]]:
     return [Row(*row) for row in rows]
 
 
-def _decide(tally: _Tally, rows: Iterable[Row]) -> None:
-    """Decide about every row, in pick order."""
-    for row in sorted(rows, key=lambda row: row.place):
-        key = tally.keys.get(row.key) if row.key is not None else None
-        bucket = tally.buckets.get(row.bucket) if row.bucket is not None else None
-        if row.bucket in tally.gone:
-            _park(tally, row, rate_lane(str(row.bucket)))
-        elif key is not None and key.free <= 0:
-            if key.firm:
-                _park(tally, row, key_lane(str(row.key)))
-            else:
-                tally.result.again = True
-        elif bucket is not None and not bucket.fits(row.weight):
-            if bucket.blocked is None:
-                bucket.blocked = row.weight
-            if bucket.firm:
-                _park(tally, row, rate_lane(str(row.bucket)))
-            else:
-                tally.result.again = True
-        elif (row.key is not None and key is None) or (row.bucket is not None and bucket is None):
-            # In flux; or the other thing a parked row needs has not been looked at: as a candidate it will be.
-            tally.result.again = True
-            if row.lane is not None:
-                tally.moved[row.id] = None
-        elif _may_go(tally, row, bucket):
-            tally.admitted.append((row.id, key.draw() if key else None))
-            if bucket:
-                bucket.take(row.weight)
-            if row.crashes:
-                break
-        else:
-            if row.lane is not None:
-                tally.moved[row.id] = None
-            if row.ours or row.queue != tally.demand.queue:  # else nobody may know its machine any more
-                if key:
-                    key.reserve()
-                if bucket:
-                    bucket.reserve(row.weight)
-
-
-def _may_go(tally: _Tally, row: Row, bucket: Bucket | None) -> bool:
-    """Whether a row that its limits let go may be claimed by this process now."""
-    demand, result = tally.demand, tally.result
-    if not row.ours or (row.priority, row.eligible_at) > tally.to:
-        return False
-    if row.crashes:
-        result.suspect = not demand.alone or bool(tally.admitted)
-        return not result.suspect
-    if len(tally.admitted) >= demand.limit:
-        result.again = True
-        return False
-    if bucket is not None:
-        if tally.rated >= demand.slots:
-            result.wants_slot = True
-            return False
-        tally.rated += 1
-    return True
-
-
-def _park(tally: _Tally, row: Row, lane: str) -> None:
-    if row.lane != lane:
-        tally.moved[row.id] = lane
-
-
-def _write(tally: _Tally, heads: Sequence[Row]) -> Operation[None]:
+def _write(tally: Tally, heads: Sequence[Row]) -> Operation[None]:
     result = tally.result
     if tally.admitted:
         rows = yield (
@@ -337,7 +196,7 @@ def _write(tally: _Tally, heads: Sequence[Row]) -> Operation[None]:
         yield "close_buckets", {"buckets": TextArray(sorted(tally.gone))}
 
 
-def _write_gates(tally: _Tally) -> Operation[None]:
+def _write_gates(tally: Tally) -> Operation[None]:
     changed = [
         (name, number, key.shards[number])
         for name, key in sorted(tally.keys.items())
@@ -357,7 +216,7 @@ def _write_gates(tally: _Tally) -> Operation[None]:
         )
 
 
-def _write_buckets(tally: _Tally, heads: Sequence[Row]) -> Operation[None]:
+def _write_buckets(tally: Tally, heads: Sequence[Row]) -> Operation[None]:
     changed: list[tuple[str, int, datetime, datetime | None]] = []
     parked = Counter(lane for lane in tally.moved.values() if lane is not None)
     seen = Counter(row.lane for row in heads)

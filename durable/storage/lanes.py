@@ -94,8 +94,8 @@ def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
     return (yield from open_lanes(lanes)), stopped
 
 
-def sweep(limit: int = PAGE) -> Operation[int]:
-    """Forget gates and buckets that nobody uses; return how many rows they had."""
+def sweep(limit: int = PAGE) -> Operation[tuple[int, int]]:
+    """Forget gates and buckets that nobody uses; return how many shards of each there were."""
     gates = yield "sweep_gates", {"limit": limit}
     buckets = yield "sweep_buckets", {"limit": limit}
-    return len(gates) + len(buckets)
+    return len(gates), len(buckets)
