@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from durable.storage import control
+from durable.storage.ageing import set_ageing
 from durable.storage.session import Operation, run
-from durable_cli.exits import CommandError
+from durable_cli.exits import USAGE, CommandError
 from durable_cli.output import print_json, say
 from durable_cli.session import Session, connected, database_options
-from durable_cli.values import CONCURRENCY, NAME, QUEUE, REASON
+from durable_cli.values import AGEING, CONCURRENCY, NAME, QUEUE, REASON
 
 
 @click.command()
@@ -40,16 +41,29 @@ def resume(session: Session, queues: Sequence[str]) -> None:
 @click.command("set")
 @click.argument("queues", nargs=-1, required=True, metavar="QUEUE...", type=QUEUE)
 @click.option(
-    "--concurrency", required=True, type=CONCURRENCY, metavar="N|auto",
+    "--concurrency", type=CONCURRENCY, metavar="N|auto",
     help="Worker processes in each command that serves it; auto: as each was started.",
+)  # fmt: skip
+@click.option(
+    "--ageing", type=AGEING, metavar="SECONDS|off",
+    help="After how long a waiting row joins the best priority that waits there; off: never.",
 )  # fmt: skip
 @database_options
 @click.pass_obj
-def set_queue(session: Session, queues: Sequence[str], concurrency: int | str) -> None:
-    """Give queues another number of worker processes, in commands that run and in those that start later."""
-    wanted = None if isinstance(concurrency, str) else concurrency
-    said = "as each command was started" if wanted is None else f"{wanted} processes per command"
-    _order(session, queues, lambda queue: control.set_concurrency(queue, wanted), said, f"{said} already")
+def set_queue(
+    session: Session, queues: Sequence[str], concurrency: int | str | None, ageing: float | str | None
+) -> None:
+    """Set what holds for queues, in commands that run and in those that start later."""
+    if concurrency is None and ageing is None:
+        raise CommandError("give --concurrency or --ageing", USAGE)
+    if concurrency is not None:
+        wanted = None if isinstance(concurrency, str) else concurrency
+        said = "as each command was started" if wanted is None else f"{wanted} processes per command"
+        _order(session, queues, lambda queue: control.set_concurrency(queue, wanted), said, f"{said} already")
+    if ageing is not None:
+        after = None if isinstance(ageing, str) else ageing
+        said = "priorities do not age" if after is None else f"rows go first after {after:g} s"
+        _order(session, queues, lambda queue: set_ageing(queue, after), said, f"{said} already")
 
 
 @click.command()

@@ -138,6 +138,16 @@ def concurrency(text: str) -> int | str:
     return int(text)
 
 
+def ageing(text: str) -> float | str:
+    """Accept seconds after which a waiting row ages, or off."""
+    if text == "off":
+        return text
+    value = _seconds(text)
+    if not 1 <= value <= 10_000_000:
+        raise ValueError(f"{validation.shown(text)} is neither off nor a number of seconds from 1 to 10,000,000")
+    return value
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12})(|KB|MB|GB|KiB|MiB|GiB)", text)
     if match is None or int(match[1]) < 1:
@@ -182,4 +192,5 @@ SCHEDULE = Checked("name", lambda text: validation.text(text, "a schedule's name
 PREFETCH = Checked("auto|n", _prefetch)
 AUTOSCALE = Checked("min,max", _autoscale)
 CONCURRENCY = Checked("n|auto", concurrency)
+AGEING = Checked("seconds|off", ageing)
 NAME = Checked("name", _worker_name)

@@ -67,8 +67,8 @@ class Look(NamedTuple):
         return None if self.rates is None else self.rates.get(queue, 0.0)
 
 
-QUEUE_COLUMNS = ("queue", "runnable", "scheduled", "executing", "awaiting", "oldest", "workers", "set", "paused")
-NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "oldest", "workers", "set")
+NUMBERS = ("runnable", "scheduled", "executing", "awaiting", "oldest", "workers", "set", "ageing")
+QUEUE_COLUMNS = ("queue", *NUMBERS, "paused")
 COMMAND_COLUMNS = ("kind", "name", "host", "processes", "busy", "silent")
 
 
@@ -84,6 +84,7 @@ def queue_rows(states: Iterable[QueueState]) -> list[tuple[Any, ...]]:
             seconds(state.oldest),
             state.workers,
             state.concurrency,
+            seconds(state.ageing),
             _paused(state),
         )
         for state in states

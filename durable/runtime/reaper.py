@@ -3,8 +3,8 @@
 First the leases are marked dead, then rows are released: a dead worker id is never revived, so an outcome that comes
 later is stale. A row that is locked (its outcome commits right now) is met at the next turn, if it is still there.
 
-Then what is left of limits: counters that differ from what executes, lanes that nobody would open. One process at a
-time does that.
+Then what is left of limits: counters that differ from what executes, lanes that nobody would open; and rows that have
+waited too long are raised, where that is asked for. One process at a time does that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datetime import datetime
 
 from durable.config import Config
 from durable.runtime import limits, reporting
+from durable.runtime.ageing import age
 from durable.runtime.link import Link
 from durable.storage import lanes, maintenance, workers
 from durable.storage.workers import Reclaimed
@@ -41,4 +42,5 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
         link.run(operation)
     if link.run(lanes.in_use()) and link.run(maintenance.take_duty("limits", conf.reaper_interval * 0.9)):
         limits.repair(link, wakeups)
+    age(link, wakeups, conf.reaper_interval * 0.9)
     return total

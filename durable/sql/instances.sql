@@ -227,12 +227,12 @@ WHERE status IN ('runnable', 'scheduled') AND version = 0
 -- name: queues
 -- Each queue's live counts, the age of its oldest runnable instance in seconds, and what is ordered for it.
 SELECT q.queue, coalesce(i.runnable, 0), coalesce(i.scheduled, 0), coalesce(i.executing, 0), coalesce(i.awaiting, 0),
-       i.oldest, coalesce(w.workers, 0), k.paused_at, k.reason, k.concurrency
+       i.oldest, coalesce(w.workers, 0), k.paused_at, k.reason, k.concurrency, k.ageing
 FROM (SELECT queue FROM {schema}.instances
       UNION SELECT queue FROM {schema}.workers
       WHERE kind = 'worker' AND dead_at IS NULL AND queue IS NOT NULL
       UNION SELECT name FROM {schema}.queues
-      WHERE paused_at IS NOT NULL OR concurrency IS NOT NULL) AS q
+      WHERE paused_at IS NOT NULL OR concurrency IS NOT NULL OR ageing IS NOT NULL) AS q
 LEFT JOIN {schema}.queues AS k ON k.name = q.queue
 LEFT JOIN (
     SELECT queue, count(*) FILTER (WHERE status = 'runnable') AS runnable,

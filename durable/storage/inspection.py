@@ -108,6 +108,7 @@ class QueueState(NamedTuple):
 
     paused_at, pause_reason  None unless it is paused
     concurrency              worker processes per command; None: as each command was started
+    ageing                   seconds after which its rows join the best priority that waits; None: never
     """
 
     queue: str
@@ -120,6 +121,7 @@ class QueueState(NamedTuple):
     paused_at: datetime | None = None
     pause_reason: str | None = None
     concurrency: int | None = None
+    ageing: float | None = None
 
 
 class WorkerState(NamedTuple):

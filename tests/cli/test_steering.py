@@ -58,6 +58,25 @@ def test_a_queues_concurrency_is_set_shown_and_left_to_each_command_again(durabl
     assert durable("queues", "--json").json == []
 
 
+def test_a_queues_ageing_is_set_shown_and_taken_back(durable: Callable[..., Ran]) -> None:
+    assert durable("queues", "set", "default", "--ageing", "90").out == "default: rows go first after 90 s\n"
+    assert "already" in durable("queues", "set", "default", "--ageing", "90").out
+    (state,) = durable("queues", "--json").json
+    assert (state["queue"], state["ageing"], state["concurrency"]) == ("default", 90.0, None)
+    assert "AGEING" in durable("queues").out
+    assert durable("queues", "set", "default", "--ageing", "off").out == "default: priorities do not age\n"
+    assert durable("queues", "--json").json == []
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--ageing", "0.5"), ("--ageing", "nan"), ("--ageing", "-1"), ("--ageing", "x")]
+)
+def test_a_wrong_ageing_or_nothing_to_set_is_refused(durable: Callable[..., Ran], options: tuple[str, ...]) -> None:
+    ran = durable("queues", "set", "default", *options)
+    assert (ran.code, "Error" in ran.err) == (2, True)
+    assert durable("queues", "--json").json == []
+
+
 @pytest.mark.parametrize("wrong", ["0", "1001", "-1", "many", ""])
 def test_a_wrong_concurrency_is_refused(durable: Callable[..., Ran], wrong: str) -> None:
     ran = durable("queues", "set", "default", "--concurrency", wrong)

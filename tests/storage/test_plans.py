@@ -151,6 +151,8 @@ LIMITED: list[tuple[str, dict[str, Any], set[str]]] = [
     ("unattended_lanes", {"lanes": KEYS}, {"instances_exclusive", "instances_slots"}),
     ("wrong_gates", {"limit": 10}, {"instances_slots"}),
     ("recount_shards", {"keys": KEYS, "shards": Int4Array([0, 1])}, {"instances_slots"}),
+    ("age_queue", {"queue": "q0", "ageing": 60.0, "limit": 10}, {"instances_pick", "instances_limited", "Tid Scan"}),
+    ("age_lanes", {"lanes": KEYS, "limit": 10}, {"instances_lane", "Tid Scan"}),
     ("lanes_of_limit", {"kind": "rate", "name": "mail"}, {"instances_lane"}),
 ]
 GATES: list[tuple[str, dict[str, Any], str, str]] = [
