@@ -1,14 +1,10 @@
-"""Two worker commands and a beat on a mixed load, some of them killed: a checker decides every bound at every instant.
+"""Limits as real worker processes keep them; the mixed load is tests/acceptance/test_mixed_load.py.
 
-Each step notes in an effects table, on a connection of its own, when it began and ended by the database's clock. A step
-that was killed has no end: it counts as a moment, its process was dead before the row went to anybody else.
+Each step notes in an effects table, on a connection of its own, when it began and ended by the database's clock.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -18,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from durable import Durable
 from tests import fix_db
+from tests.acceptance.bounds import Inside, most_at_once
 from tests.fix_app import Command
 from tests.fix_db import wait_until
 from tests.test_docs import load
@@ -29,11 +25,10 @@ schema = fix_db.schema  # processes of its own for each test
 BODY = """
 import os, time
 import psycopg
-from durable import ConcurrencyLimit, Machine, Next, Done, RateLimit, step
+from durable import RateLimit
 from durable.limit_rows import LimitRows
 
-app.limit_rows = LimitRows({"mail": RateLimit(40, 1.0, burst=5), "slow": RateLimit(10, 1.0, burst=1)},
-                           {"vendor": ConcurrencyLimit(3, shards=2)})
+app.limit_rows = LimitRows({"mail": RateLimit(40, 1.0, burst=5), "slow": RateLimit(10, 1.0, burst=1)}, {})
 _connections = {}
 
 def effects():
@@ -49,24 +44,6 @@ def during(what, seconds):
 @app.task
 def work(what, seconds=0.005):
     during(what, seconds)
-
-@app.machine(inline=True)
-class Chain(Machine):
-    @step(initial=True)
-    def one(self, ctx):
-        during("acct:chain", 0.003)
-        return Next(self.two)
-
-    @step
-    def two(self, ctx):
-        during("acct:chain", 0.003)
-        return Next(self.three, concurrency_key="vendor:chain", rate_limit="mail:chain")
-
-    @step
-    def three(self, ctx):
-        during("mail:chain", 0.0)
-        during("vendor:chain", 0.003)
-        return Done()
 """
 
 Effect = tuple[str, datetime, datetime | None]
@@ -100,17 +77,6 @@ def read(connection: Any, schema: str, like: str) -> dict[str, list[Effect]]:
     return found
 
 
-def most_at_once(effects: list[Effect]) -> int:
-    """The largest number of effects that lie over one instant."""
-    moments = [(began, 1) for _, began, ended in effects if ended is not None]
-    moments += [(ended, -1) for _, _, ended in effects if ended is not None]
-    most = now = 0
-    for _, change in sorted(moments):
-        now += change
-        most = max(most, now)
-    return most
-
-
 def too_fast(effects: list[Effect], per_second: float, burst: int, late: float) -> list[str]:
     """Windows in which more began than a bucket gives; what was granted may begin that many seconds later."""
     began = [effect[1] for effect in effects]
@@ -120,58 +86,6 @@ def too_fast(effects: list[Effect], per_second: float, burst: int, late: float) 
         for m in range(n + 1, len(began))
         if m - n + 1 > burst + per_second * ((began[m] - began[n]).total_seconds() + late)
     ]
-
-
-def finished(app: Durable, connection: Any) -> Callable[[], bool]:
-    return lambda: (
-        not connection.execute(f"SELECT FROM {app.schema}.instances WHERE finished_at IS NULL LIMIT 1").fetchall()
-    )
-
-
-def test_no_bound_is_ever_exceeded_while_processes_are_killed(
-    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
-) -> None:
-    app, work = tasks.app, tasks.work
-    rng = random.Random(7)
-    entries: list[tuple[Any, dict[str, Any]]] = []
-    for n in range(60):
-        acct, vendor, mail = f"acct:{n % 3}", f"vendor:{n % 2}", f"mail:{n % 2}"
-        entries += [
-            (work, {"args": (acct,), "concurrency_key": acct}),
-            (work, {"args": (vendor, 0.01), "concurrency_key": vendor, "priority": n % 3}),
-            (work, {"args": (mail, 0.0), "rate_limit": mail}),
-            (work, {"args": ("plain", 0.001)}),
-        ]
-    entries += [(tasks.Chain, {"concurrency_key": "acct:chain"}) for _ in range(15)]
-    rng.shuffle(entries)
-    app.insert_many(entries[:200])
-    workers = [durable_worker("worker", "-c", "3") for _ in range(2)]
-    durable_worker("beat", wait=False)
-    for target, options in entries[200:]:
-        app.insert(target, **options)  # candidates, one by one
-
-    def effects() -> int:
-        return int(connection.execute(f"SELECT count(*) FROM {schema}_effects").fetchone()[0])
-
-    for kill, at in enumerate((40, 90, 140)):
-        wait_until(lambda at=at: effects() >= at, 60, f"effects before kill {kill}")
-        victims = wait_until(lambda kill=kill: workers[kill % 2].children("durable:"), what="a child to kill")
-        os.kill(rng.choice(victims), signal.SIGKILL)
-    workers[0].process.kill()
-    workers.append(durable_worker("worker", "-c", "3"))
-    wait_until(finished(app, connection), 60, "the end of everything")
-
-    statuses = connection.execute(f"SELECT status::text, count(*) FROM {schema}.history GROUP BY 1").fetchall()
-    assert statuses == [("done", len(entries))]
-    exclusive = read(connection, schema, "acct:%")
-    assert {key: most_at_once(of_key) for key, of_key in exclusive.items()} == dict.fromkeys(exclusive, 1)
-    gated = read(connection, schema, "vendor:%")
-    assert all(most_at_once(of_key) <= 3 for of_key in gated.values())
-    assert max(most_at_once(of_key) for of_key in gated.values()) > 1, "a gate is no lock"
-    for bucket, of_bucket in read(connection, schema, "mail:%").items():
-        assert too_fast(of_bucket, 40.0, 5, late=0.5) == [], bucket
-    left = connection.execute(f"SELECT key, used FROM {schema}.gates WHERE used > 0").fetchall()
-    assert left == []
 
 
 def test_ten_a_second_with_a_burst_of_one_is_really_ten_a_second(
@@ -198,7 +112,7 @@ def test_a_parked_row_starts_at_once_when_its_key_comes_free_in_workers_that_pol
     for result in results:
         result.get(30)
     (effects,) = read(connection, schema, "acct:%").values()
-    assert most_at_once(effects) == 1
+    assert most_at_once(Inside(*effect[1:]) for effect in effects) == 1
     gaps = [later[1] - earlier[2] for earlier, later in pairwise(effects) if earlier[2]]
     assert sorted(gaps)[len(gaps) // 2] < timedelta(milliseconds=500)
 
