@@ -84,10 +84,15 @@ def machines(processes: int, count: int, parked: int) -> None:
 def limits(processes: int, count: int, throttled: int, rounds: int) -> None:
     """Drain of unlimited tasks with and without throttled rows at the head of their queue."""
     with bench_database() as database:
-        rates = backlog(database, processes, count, throttled, rounds)
-    alone = next(iter(rates.values()))
-    for kind, rate in rates.items():
-        click.echo(f"{kind}: {rate:,.0f}/s, {rate / alone:.2f} of that alone")
+        runs = backlog(database, processes, count, throttled, rounds)
+    alone = next(iter(runs.values()))
+    for kind, run in runs.items():
+        click.echo(
+            f"{kind}: {run.rate:,.0f}/s, {run.rate / alone.rate:.2f} of that alone; per row"
+            f" {run.buffers:.1f} pages ({run.buffers / alone.buffers:.2f}),"
+            f" {run.server:.0f} us CPU of the server ({run.server / alone.server:.2f}),"
+            f" {run.workers:.0f} us of the workers ({run.workers / alone.workers:.2f})"
+        )
 
 
 def _range(runs: list[float]) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import statistics
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import psycopg
 
@@ -35,19 +40,82 @@ def throttle(database: Database, throttled: int, *, parked: bool) -> None:
         connection.execute("CHECKPOINT")
 
 
-def backlog(database: Database, processes: int, count: int, throttled: int, rounds: int) -> dict[str, float]:
-    """Return jobs per second of `count` unlimited no-op tasks for each of KINDS, medians of interleaved runs."""
-    runs: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(rounds):
-        for kind in KINDS:
+@dataclass(frozen=True)
+class Run:
+    """One drain, and the work it took: what a shared machine's noise hardly changes.
+
+    rate     unlimited rows per second
+    buffers  pages that the server touched, per row
+    server   microseconds of CPU of all of the server's processes, per row
+    workers  microseconds of CPU of the worker command's processes, per row
+    """
+
+    rate: float
+    buffers: float
+    server: float
+    workers: float
+
+
+def _server_cpu(database: Database) -> float:
+    """CPU seconds of every process that the server has had so far."""
+    with psycopg.connect(database.dsn) as connection:
+        postmaster = _stat(connection.info.backend_pid)[1]
+    ticks = sum(_stat(postmaster)[11:15])
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = _stat(int(folder.name))
+        except OSError:
+            continue
+        ticks += sum(stat[11:13]) if stat[1] == postmaster else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: int) -> list[int]:
+    """The numbers of /proc/PID/stat behind the state; [1] the parent, [11:15] the times (the first is put as 0)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return [0, *map(int, fields[1:])]
+
+
+def _buffers(database: Database) -> int:
+    """Pages that were touched so far, by sessions that have ended or told of it."""
+    with psycopg.connect(database.dsn) as connection:
+        row = connection.execute(
+            "SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()"
+        ).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _drain(database: Database, processes: int, count: int) -> Run:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = children.ru_utime + children.ru_stime
+    buffers, server = _buffers(database), _server_cpu(database)
+    worker = start(database, processes)
+    try:
+        wait_for_count(database, count)
+        rate = database.rate(count)
+    finally:
+        worker.terminate()
+        worker.wait()
+    time.sleep(1.0)  # the last sessions end
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Run(
+        rate,
+        (_buffers(database) - buffers) / count,
+        (_server_cpu(database) - server) * 1e6 / count,
+        (children.ru_utime + children.ru_stime - before) * 1e6 / count,
+    )
+
+
+def backlog(database: Database, processes: int, count: int, throttled: int, rounds: int) -> dict[str, Run]:
+    """Drain `count` unlimited no-op tasks for each of KINDS; medians of interleaved runs."""
+    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
+    for turn in range(rounds):
+        for kind in KINDS if turn % 2 else reversed(KINDS):
             database.fill(count)
             if kind != KINDS[0]:
                 throttle(database, throttled, parked=kind == KINDS[1])
-            worker = start(database, processes)
-            try:
-                wait_for_count(database, count)
-                runs[kind].append(database.rate(count))
-            finally:
-                worker.terminate()
-                worker.wait()
-    return {kind: statistics.median(rates) for kind, rates in runs.items()}
+            runs[kind].append(_drain(database, processes, count))
+    return {
+        kind: Run(*(statistics.median(getattr(run, field.name) for run in of_kind) for field in fields(Run)))
+        for kind, of_kind in runs.items()
+    }
