@@ -11,16 +11,18 @@
 
 -- name: limited_waits
 -- Whether a queue has limited candidates, and in how many seconds the next token lane opens (null: none will). A paused
--- queue has nothing to look for. Params: queue text, unknown text[]. Rows: candidates, opens_in.
+-- queue has nothing to look for. In pick order, since a session without pinned plans (behind a pooler) would else read
+-- the whole table where there are many candidates. Params: queue text, unknown text[]. Rows: candidates, opens_in.
 WITH paused AS MATERIALIZED (
     SELECT FROM {schema}.queues WHERE name = %(queue)s AND paused_at IS NOT NULL
 )
-SELECT NOT EXISTS (SELECT FROM paused) AND EXISTS (
-           SELECT FROM {schema}.instances AS i
+SELECT NOT EXISTS (SELECT FROM paused) AND (
+           SELECT true FROM {schema}.instances AS i
            WHERE i.queue = %(queue)s AND i.status = 'runnable' AND i.lane IS NULL
              AND (i.concurrency_key IS NOT NULL OR i.rate_limit IS NOT NULL)
              AND (cardinality(%(unknown)s::text[]) = 0
-                  OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))),
+                  OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
+           ORDER BY i.priority, i.eligible_at, i.id LIMIT 1) IS NOT NULL,
        (SELECT extract(epoch FROM min(opens_at) - clock_timestamp())::float8 FROM {schema}.buckets
         WHERE opens_at IS NOT NULL AND NOT EXISTS (SELECT FROM paused));
 

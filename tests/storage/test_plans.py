@@ -176,6 +176,18 @@ def test_a_statement_of_limits_reaches_rows_by_its_index_only(
     assert not {"Hash Join", "Merge Join", "Bitmap Heap Scan"} & {node["Node Type"] for node in nodes}
 
 
+def test_the_look_for_limited_rows_needs_no_pinned_session_however_many_there_are(full: Rows) -> None:
+    with full.connection.transaction(force_rollback=True):
+        full.fetch(
+            "INSERT INTO {schema}.instances (queue, status, eligible_at, machine, step, state_type, state, rate_limit)"
+            " SELECT 'q0', 'runnable', now(), 'task', 'run', 'json', '{}', 'r' FROM generate_series(1, 9000)"
+        )
+        full.fetch("ANALYZE {schema}.instances")
+        full.fetch("SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; SET LOCAL enable_sort = on")
+        nodes = plan(full, full.connection, "limited_waits", {"queue": "q0", "unknown": TextArray([])})
+    assert reads(nodes, "instances") == {"instances_limited"}
+
+
 @pytest.mark.parametrize(("name", "parameters", "relation", "index"), GATES, ids=[entry[0] for entry in GATES])
 def test_gates_buckets_and_limits_are_reached_by_their_index(
     full: Rows, name: str, parameters: dict[str, Any], relation: str, index: str
