@@ -116,7 +116,7 @@ class ManyEngine(Engine):
                 )
             reporting.reclaimed(taken.taken)
             self._send(self._app.wakeups.handed_back(taken.by_queue))
-            if taken.crashed:
+            if len(taken.crashed) > len(taken.lost):
                 self._hear_of_suspect()
 
     def _terminate(self) -> None:
