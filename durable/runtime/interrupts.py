@@ -45,19 +45,18 @@ class Interrupter:
         try:
             return call()
         finally:
-            self._close()
+            while self._open:  # here, not in `_close`: a note may be found as soon as that is entered
+                try:
+                    self._close()
+                except (SoftTimeLimitExceeded, HardTimeLimitExceeded):
+                    continue  # found on the way out: too late to count
 
     def _close(self) -> None:
-        while True:
-            try:
-                with self._lock:
-                    self._open = False
-                    self._soft_at = None
-                    if self._note is not None:
-                        self._leave_note(None)
-                return
-            except (SoftTimeLimitExceeded, HardTimeLimitExceeded):
-                continue  # found on the way out: too late to count
+        with self._lock:
+            if self._note is not None:
+                self._leave_note(None)
+            self._soft_at = None
+            self._open = False
 
     def look(self, now: float) -> None:
         """Watch: interrupt user code that is beyond its soft limit."""

@@ -54,7 +54,7 @@ class ManyEngine(Engine):
         self._seats, self._group = seats, group
         self._asked = 0
         self._overdue: deque[Running] = deque()
-        self._terminated: list[Claimed] = []
+        self._unwanted: list[Claimed] = []
         super().__init__(app, queue, name, seats, seat, bell, stop_asked)
         if has_limits(app):
             Watch(self._slots, self._is_overdue, retire, stop).start()
@@ -120,7 +120,7 @@ class ManyEngine(Engine):
                 self._hear_of_suspect()
 
     def _terminate(self) -> None:
-        """Give back what runs and is to be terminated: it ends cancelled."""
+        """Give back what runs and is to be terminated, and so ends cancelled; and what was taken and will not begin."""
         roster = self._seat.roster
         assert roster is not None, "made with the seats"
         if roster.times_asked != self._asked:
@@ -128,10 +128,12 @@ class ManyEngine(Engine):
             for step in self._slots.steps():
                 if roster.is_asked(step.index, step.claimed.token) and self._slots.give_up(step):
                     log.warning("a step is given up: its instance is terminated", extra=reporting.fields(step.claimed))
-                    self._terminated.append(step.claimed)
-        if self._terminated:
-            self._release(self._terminated)
-            self._terminated = []
+                    self._unwanted.append(step.claimed)
+        while self._slots.returned:
+            self._unwanted.append(self._slots.returned.popleft())
+        if self._unwanted:
+            self._release(self._unwanted)
+            self._unwanted = []
 
     def _hear_of_suspect(self) -> None:
         self._seat.met_suspect = True

@@ -102,8 +102,10 @@ class ManySlots:
         self._running: dict[int, Running] = {}
         self._plain: SimpleQueue[Claimed | None] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads: list[threading.Thread] = []
         self._over = asyncio.Event()
+        self._closed = False
+        self.returned: deque[Claimed] = deque()
+        """Rows that were taken and not begun, for the engine to give back."""
         buffer.on_rows = self._rows_came
         self.mean_step: float | None = None
         self.runs_suspects = False
@@ -154,9 +156,9 @@ class ManySlots:
         for number in range(plain_threads(self._kind, self._buffer.slots)):
             # Daemons: one that is stuck in a step does not keep the process.
             thread = threading.Thread(target=self._guarded, args=(body,), name=f"durable-slot-{number}", daemon=True)
-            self._threads.append(thread)
             thread.start()
         self._loop.run_until_complete(self._until_over())
+        self._closed = True
         self.close()
 
     async def _until_over(self) -> None:
@@ -186,8 +188,13 @@ class ManySlots:
         try:
             body()
         except BaseException as error:
-            log.critical("a slot failed", exc_info=error)
-            os._exit(70)
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        if self._closed:
+            return  # a step that was given up, and ends with the loop
+        log.critical("a slot failed", exc_info=error)
+        os._exit(70)
 
     # Slots that are threads
 
@@ -208,15 +215,16 @@ class ManySlots:
         interrupter = self._limits.begin_thread()
         while (claimed := self._plain.get()) is not None:
             try:
-                self._step_plain(claimed, interrupter)
+                if self._stopping() or self._seat.paused:
+                    self.returned.append(claimed)  # it has waited for this thread: it does not begin any more
+                else:
+                    self._step_plain(claimed, interrupter)
             finally:
                 self._slot_is_free()
                 self.tell_loop(self._pump)
 
     def _step_plain(self, claimed: Claimed, interrupter: Interrupter) -> None:
-        while time.monotonic() >= self._seat.deadline and self._owns(claimed):
-            time.sleep(LEASE_LOOK)
-        if not self._owns(claimed):
+        if not self._has_lease(claimed):
             return
         step = self._enter(claimed, interrupter.look, interrupter.give_up)
         commit: Commit | None = None
@@ -229,10 +237,16 @@ class ManySlots:
                     if not self._may_run_again(step, reason):
                         break
                     time.sleep(backoff.next())
-                    if not self._rearm(step):
+                    if not self._has_lease(claimed) or not self._rearm(step):
                         break
         finally:
             self._leave(step, commit)
+
+    def _has_lease(self, claimed: Claimed) -> bool:
+        """Wait for the lease; False when the row is not ours any more."""
+        while time.monotonic() >= self._seat.deadline and self._owns(claimed):
+            time.sleep(LEASE_LOOK)
+        return self._owns(claimed)
 
     # Slots that are tasks on the loop
 
@@ -250,8 +264,7 @@ class ManySlots:
         try:
             await self._step_async(claimed)
         except BaseException as error:
-            log.critical("a slot failed", exc_info=error)
-            os._exit(70)
+            self._failed(error)
         finally:
             self._slot_is_free()
             self._pump()
@@ -328,15 +341,22 @@ class ManySlots:
     def _may_run_again(self, step: Running, reason: StepAgain) -> bool:
         if step.given_up or self._stopping() or not self._owns(step.claimed):
             return False
-        step.limit_at = None  # the wait is not the step's
+        self._arm(step, None)  # the wait is not the step's
         log.info("the step runs again: %s", reason, extra=reporting.fields(step.claimed))
         return True
 
     def _rearm(self, step: Running) -> bool:
         if step.given_up or self._stopping() or not self._owns(step.claimed):
             return False
-        step.limit_at = None if step.limit is None else time.monotonic() + step.limit
-        return time.monotonic() < self._seat.deadline
+        self._arm(step, None if step.limit is None else time.monotonic() + step.limit)
+        return True
+
+    def _arm(self, step: Running, limit_at: float | None) -> None:
+        with self._lock:
+            step.limit_at = limit_at
+            if not step.given_up:
+                claimed = step.claimed
+                self._roster.enter(step.index, claimed.id, claimed.token, time.monotonic(), limit_at or 0.0)
 
     def _leave(self, step: Running, commit: Commit | None) -> None:
         with self._lock:
@@ -370,7 +390,7 @@ class ManySlots:
             self.given_up += 1
             self._roster.leave(step.index)
             del self._running[step.index]
-        step.interrupt()
+            step.interrupt()  # under the lock: its thread can't leave it and be met in another step
         self.tell_loop(self._over.set)
         return True
 

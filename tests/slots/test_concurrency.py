@@ -170,3 +170,21 @@ def test_a_step_that_does_not_end_in_time_is_given_back_at_no_cost(
     assert [result.status for result in results] == ["runnable"] * 4
     left = connection.execute(f"SELECT sum(crashes), sum(attempt) FROM {app.schema}.instances").fetchone()
     assert left == (0, 0)
+
+
+def test_plain_steps_that_wait_for_a_thread_do_not_begin_during_a_drain(
+    app: Durable, tasks: dict[str, Any], durable_worker: START, tmp_path: Path, connection: psycopg.Connection[Any]
+) -> None:
+    worker = durable_worker("worker", "-P", "asyncio", "-c", "200")
+    started, go = tmp_path / "started", tmp_path / "go"
+    with app.batch():
+        results = [tasks["wait"].delay(str(started), str(go)) for _ in range(200)]
+    held = f"SELECT count(*) FROM {app.schema}.instances WHERE status = 'executing'"
+    wait_until(lambda: connection.execute(held).fetchone() == (200,) and len(lines(started)) >= 8)
+    worker.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "drains" in worker.output())
+    go.touch()
+    assert worker.stop() == 0
+    statuses = [result.status for result in results]
+    assert statuses.count("done") == len(lines(started)) < 200
+    assert statuses.count("runnable") == 200 - len(lines(started))
