@@ -160,7 +160,7 @@ class Config:
     reaper: bool = _setting(True, _flag, "whether agents and beats of this app reap dead workers")
     gc: bool = _setting(True, _flag, "whether agents and beats of this app collect garbage")
     step_connections: int | None = _setting(
-        None, _auto_or_count, "most connections for ctx.connection of a worker process; auto: one per prefork child"
+        None, _auto_or_count, "most connections for ctx.connection of a worker process; auto: one, with many slots four"
     )
     pool_size: int = _setting(4, _count, "most connections of a producer process")
     connect_timeout: float = _setting(10.0, _seconds, "seconds a producer waits for a connection")

@@ -260,11 +260,11 @@ class Context(Generic[S]):
 
     def commit(self, commit: Commit) -> Commit:
         """The runtime's: return the step's outcome, committed already if the step asked for its connection."""
-        self._close()
+        self.end_connection()
         return commit if self.transaction is None else self.transaction.commit(commit)
 
-    def _close(self) -> None:
-        """The step has returned: a thread that it left behind opens nothing any more."""
+    def end_connection(self) -> None:
+        """The runtime's: the step has returned: a thread that it left behind opens nothing any more."""
         with self._opening:
             self._begin = None
 
@@ -379,7 +379,7 @@ class entered:
         context = self._context
         try:
             if error is not None:
-                context._close()
+                context.end_connection()
                 if context.transaction is not None:
                     context.transaction.abandon(error)
         finally:

@@ -15,8 +15,10 @@ from psycopg.conninfo import conninfo_to_dict
 
 from durable import Durable, __version__, telemetry, validation
 from durable.runtime.beat import Beat
+from durable.runtime.places import SPARE
 from durable.runtime.process import name_process
-from durable.runtime.supervisor import SPARE, Supervisor
+from durable.runtime.slots import ASYNCIO, POOLS, PREFORK, THREADS
+from durable.runtime.supervisor import Supervisor
 from durable_cli import logs, metrics, preflight
 from durable_cli.output import flush, note, print_json
 from durable_cli.session import Session, app_options
@@ -25,6 +27,7 @@ from durable_cli.values import AUTOSCALE, BYTES, NAME, PREFETCH, SECONDS, Checke
 log = logging.getLogger(__name__)
 
 MOST_PROCESSES = 1000
+MOST_SLOTS = 20_000
 SPARE_CONNECTIONS = 2
 """Connections of a worker command besides one per process: its agent's."""
 
@@ -35,9 +38,9 @@ def _queues(text: str) -> dict[str, int | None]:
     for part in text.split(","):
         name, separator, count = part.strip().partition(":")
         validation.queue(name)
-        if separator and not (re.fullmatch(r"[0-9]{1,4}", count) and 1 <= int(count) <= MOST_PROCESSES):
+        if separator and not (re.fullmatch(r"[0-9]{1,5}", count) and 1 <= int(count) <= MOST_SLOTS):
             raise ValueError(
-                f"{part.strip()!r}: after the colon comes a number of processes from 1 to {MOST_PROCESSES}"
+                f"{part.strip()!r}: after the colon comes a number of processes, or slots, from 1 to {MOST_SLOTS}"
             )
         if name in queues:
             raise ValueError(f"queue {name!r} is given twice")
@@ -49,10 +52,10 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(count: int | None, autoscale: tuple[int, int] | None) -> int:
-    """How many processes a queue starts with: what was said, else MIN, else one per CPU."""
+def _start(count: int | None, autoscale: tuple[int, int] | None, pool: str) -> int:
+    """How many processes or slots a queue starts with: what was said, else MIN, else what suits the pool."""
     if autoscale is None:
-        return count or _cpus()
+        return count or {THREADS: 10, ASYNCIO: 100}.get(pool) or _cpus()
     least, most = autoscale
     return min(max(count or least, least), most)
 
@@ -74,8 +77,12 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
     help="Queues to serve; each with its own number of processes after a colon, if not that of -c.",
 )  # fmt: skip
 @click.option(
-    "-c", "--concurrency", type=click.IntRange(1, MOST_PROCESSES), metavar="N",
-    help="Worker processes per queue; else one per CPU.",
+    "-c", "--concurrency", type=click.IntRange(1, MOST_SLOTS), metavar="N",
+    help="Worker processes, threads or coroutines per queue; else one per CPU, 10 threads, 100 coroutines.",
+)  # fmt: skip
+@click.option(
+    "-P", "--pool", type=click.Choice(POOLS), default=PREFORK, show_default=True,
+    help="What runs steps: processes, or in one process per queue N threads or N coroutines.",
 )  # fmt: skip
 @click.option(
     "--autoscale", type=AUTOSCALE, metavar="MIN,MAX",
@@ -101,6 +108,7 @@ def worker(
     ctx: click.Context,
     queues: Mapping[str, int | None],
     concurrency: int | None,
+    pool: str,
     autoscale: tuple[int, int] | None,
     beat: bool,
     loglevel: str,
@@ -112,13 +120,22 @@ def worker(
     max_memory_per_child: int | None,
     metrics_port: int | None,
 ) -> None:
-    """Run tasks in forked worker processes.
+    """Run tasks in worker processes.
 
     SIGTERM or Ctrl-C ends it in order, a second one at once; SIGHUP replaces it by a fresh one.
     """
     session: Session = ctx.obj
-    counts = {queue: _start(count or concurrency, autoscale) for queue, count in queues.items()}
+    if pool != PREFORK and autoscale is not None:
+        raise click.BadParameter(
+            f"is for prefork: slots of a {pool} process cost nothing while they are free, so give -c the most",
+            param_hint="'--autoscale'",
+        )
+    counts = {queue: _start(count or concurrency, autoscale, pool) for queue, count in queues.items()}
     processes = sum(max(count, autoscale[1] if autoscale else 0) for count in counts.values())
+    if pool != PREFORK:
+        processes = len(counts)
+        if pool == THREADS and max(counts.values()) > MOST_PROCESSES:
+            raise click.BadParameter(f"that makes more than {MOST_PROCESSES} threads", param_hint="'-c'")
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
     ctx.with_resource(metrics.shared(metrics_port))
@@ -135,7 +152,7 @@ def worker(
     logs.configure(loglevel, log_format)
     name_process("durable-worker")
     found = preflight.look(app)
-    facts = {"name": name, **_facts(app, found), "queues": counts, "beat": beat}
+    facts = {"name": name, **_facts(app, found), "queues": counts, "pool": pool, "beat": beat}
     _announce(session, "worker", facts, log_format, connections_warning(processes, found.server.max_connections))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen when they print it
@@ -143,7 +160,7 @@ def worker(
         queue: max(count + SPARE, autoscale[1] if autoscale else 0, found.concurrency.get(queue, 0))
         for queue, count in counts.items()
     }
-    ctx.exit(Supervisor(app, counts, name, beat=beat, room=room, autoscale=autoscale).run())
+    ctx.exit(Supervisor(app, counts, name, beat=beat, room=room, autoscale=autoscale, pool=pool).run())
 
 
 @click.command()
@@ -221,7 +238,8 @@ def _announce(session: Session, what: str, facts: Mapping[str, Any], log_format:
         tell(f"durable {facts['version']} {what} {facts['name']} (pid {facts['pid']})")
         tell(f"  database  {facts['database']} (PostgreSQL {facts['server_version']}), schema {facts['schema']}")
         if "queues" in facts:
-            queues = ", ".join(f"{queue} x {count}" for queue, count in facts["queues"].items())
+            many = {THREADS: " threads", ASYNCIO: " coroutines"}.get(facts["pool"], "")
+            queues = ", ".join(f"{queue} x {count}{many}" for queue, count in facts["queues"].items())
             tell(f"  queues    {queues}{', and a beat' if facts['beat'] else ''}")
             tell(f"  tasks     {', '.join(tasks) or 'none: every instance will be handed back'}")
     if facts["remark"]:

@@ -36,6 +36,7 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.orders import Orders
 from durable.runtime.periodic import StandIn
+from durable.runtime.quarantine import Quarantine
 from durable.runtime.reaper import reap
 from durable.runtime.ringing import Ringer
 from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
@@ -64,6 +65,7 @@ class Agent:
     """The agent of one command.
 
     queues  the queue of each seat
+    room    of each queue, the most processes or slots; else as many as it has seats
     inbox   pipe on which the supervisor reports deaths, one JSON line each; its end means the supervisor is gone
     """
 
@@ -76,6 +78,8 @@ class Agent:
         bells: Sequence[Bell],
         inbox: int,
         autoscale: tuple[int, int] | None = None,
+        quarantine: Quarantine | None = None,
+        room: Sequence[int] | None = None,
     ) -> None:
         self._app = app
         self._name = name
@@ -93,8 +97,9 @@ class Agent:
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
         self._stand_in = StandIn(app, self._link)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
-        self._orders = Orders(self._link, self._queues, seats, bells, autoscale)
-        ringer = Ringer(self._queues, seats, bells)
+        self._orders = Orders(self._link, self._queues, seats, bells, autoscale, room)
+        self._quarantine = quarantine or Quarantine(seats, bells, {})
+        ringer = Ringer(self._queues, seats, bells, self._quarantine)
         self._idle, self._ring = ringer.idle, ringer.ring
         self._hint_busy, self._hint_suspect = ringer.hint_busy, ringer.hint_suspect
         self._deaths: list[Death] = []
@@ -178,12 +183,13 @@ class Agent:
             self._orders_at = math.inf
             self._orders.look()
         self._orders.scale(now)
+        self._quarantine.turn(self._queues, now)
         if now >= self._reap_at and conf.reaper:
             self._reap()
         if now >= self._probe_at:
             self._probe()
         if now >= self._terminate_at:
-            terminate(self._seats, self._link)
+            terminate(self._seats, self._bells, self._link)
             self._terminate_at = now + conf.poll_interval
         if now >= self._gc_look_at:
             self._collect_if_nobody_does()

@@ -29,6 +29,11 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def free(self) -> int:
+        """How many slots have neither a row nor one waiting for them."""
+        return int(self.slot_waits and not self._rows)
+
     def put(self, rows: Iterable[Claimed]) -> None:
         """Engine: add claimed rows, best first."""
         self._rows.extend(rows)

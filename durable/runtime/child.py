@@ -1,4 +1,4 @@
-"""A worker process: the engine in a thread, the slot in the main thread, and the signals that end both.
+"""A worker process: the engine in a thread, the slot or the loop of many in the main thread, the signals that end both.
 
 Forked from the supervisor, which has imported the app and holds no socket and no thread; whatever connects, connects
 here. SIGTERM drains, SIGQUIT stops now; both give back every claim.
@@ -22,7 +22,11 @@ from durable.app import Durable
 from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
 from durable.runtime.engine import Engine
+from durable.runtime.many_engine import ManyEngine
+from durable.runtime.places import Place
 from durable.runtime.shared import Bell, Seat, SharedSeats
+from durable.runtime.slots import SUSPECTS
+from durable.runtime.suspect_engine import SuspectEngine
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,15 @@ class Stop:
     def retire(self) -> None:
         """Drain, as if asked to from outside."""
         self._stop(self._drain_timeout)
+
+    def leave(self) -> None:
+        """Drain without hurry: neighbours of what makes the process end are given their time."""
+        if self.at is None:
+            self._stop(math.inf)
+
+    def now(self) -> None:
+        """Give everything back, at once."""
+        self._stop(0.0)
 
     def _stop(self, within: float) -> None:
         at = time.monotonic() + within
@@ -97,13 +110,26 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_child(
-    app: Durable, queue: str, name: str, seats: SharedSeats, seat: Seat, bell: Bell, drain_timeout: float
-) -> int:
-    """Be a worker process until told to stop; return the exit code."""
+def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: Seat, drain_timeout: float) -> int:
+    """Be a worker process in a place until told to stop; return the exit code."""
+    kind, queue, bell = place.kind, place.queue, place.bell
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = Stop(drain_timeout, bell)
-    engine = Engine(app, queue, name, seats, seat, bell, lambda: stop.at)
+
+    def leave() -> None:
+        if not seat.leaves:
+            seat.leaves = True
+            seats.bell.ring()
+        stop.leave()
+
+    if place.has_many:
+        engine: Engine = ManyEngine(
+            app, kind, place.group, queue, name, seats, seat, bell, lambda: stop.at, leave, stop.now
+        )
+        retire = leave
+    else:
+        engine_of = SuspectEngine if kind == SUSPECTS else Engine
+        engine, retire = engine_of(app, queue, name, seats, seat, bell, lambda: stop.at), stop.retire
     finished = threading.Event()
     failed: list[BaseException] = []
 
@@ -122,9 +148,10 @@ def run_child(
                 os._exit(70 if failed else 0)
 
     stop.listen()
-    soft_limit.install()
+    if not place.has_many:
+        soft_limit.install()
     if app.conf.max_tasks_per_child or app.conf.max_memory_per_child:
-        engine.slot.worn = Wear(app.conf.max_tasks_per_child, app.conf.max_memory_per_child, stop.retire).after_step
+        engine.slot.worn = Wear(app.conf.max_tasks_per_child, app.conf.max_memory_per_child, retire).after_step
     worker_process_init.send(name)
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()

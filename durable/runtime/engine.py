@@ -29,26 +29,22 @@ from durable.instance import Claimed
 from durable.runtime import identity, reporting
 from durable.runtime.admission import LimitedPicker
 from durable.runtime.arrivals import Arrivals
-from durable.runtime.buffer import Buffer, Outbox
-from durable.runtime.coroutines import CoroutineRunner
-from durable.runtime.executor import Executor
+from durable.runtime.assembly import Parts, Process, one_slot
+from durable.runtime.buffer import Outbox
 from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
-from durable.runtime.pacing import BEHIND_A_LONG_STEP, Pacing
+from durable.runtime.pacing import BEHIND_A_LONG_STEP
 from durable.runtime.picker import Picker
+from durable.runtime.reconcile import Reconcile
 from durable.runtime.saturation import Saturation
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
-from durable.runtime.slot import Slot
-from durable.runtime.step_transaction import IDLE_SECONDS, StepConnections
+from durable.runtime.step_transaction import IDLE_SECONDS
 from durable.runtime.waiting import Waiting
 from durable.storage import claims, workers
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import Operation, describe
 
 log = logging.getLogger(__name__)
-
-LATE_CLAIM = 60.0
-"""Seconds after an error during which a claim that we gave up on may still commit on the server."""
 
 
 class Engine:
@@ -86,15 +82,9 @@ class Engine:
         )
         self._flusher = Flusher(self._link, self._waiting.pause)
         self._picker = Picker(self._link, queue)
-        self.buffer = Buffer(bell.ring)
         self.outbox = Outbox(bell.ring)
-        coroutines = CoroutineRunner()
-        self._step_connections = StepConnections(
-            app, f"durable {app.name} step {queue} {os.getpid()}", coroutines, lambda: self._worker, self._stopping
-        )
-        executor = Executor(app, coroutines, self._step_connections.begin)
-        self.slot = Slot(executor, self.buffer, self.outbox, seat, self.owns, self._stopping)
-        self._pacing = Pacing(app.conf, self.slot, self.buffer, self.outbox, seat)
+        process = Process(app, queue, self.outbox, seat, bell, lambda: self._worker, self.owns, self._stopping)
+        self.slot, self.buffer, self._pacing, self._step_connections = self._assemble(process)
         self._saturation = Saturation(queue, self.slot, self.buffer, self.outbox, self._pacing)
         self._held: dict[int, int] = {}
         self._limited = LimitedPicker(self._link, queue, app.wakeups)
@@ -103,8 +93,10 @@ class Engine:
         self._more = True
         self._suspect = False
         self._alone = False
-        self._reconcile_at = math.inf
-        self._suspicious_until = -math.inf
+        self._reconcile = Reconcile(app.conf.reconcile_interval)
+
+    def _assemble(self, process: Process) -> Parts:
+        return one_slot(process)
 
     def owns(self, claimed: Claimed) -> bool:
         """Whether a claimed row is still ours."""
@@ -129,16 +121,14 @@ class Engine:
     def _turn(self) -> None:
         self._step_connections.close_idle()
         self._saturation.report()
-        if self._bell.silence():
-            self._more = True
-            self._limited.look_soon()
-        hints = self._seat.take_hints()
+        rung, hints = self._bell.silence(), self._seat.take_hints()
         if hints & RESCAN:
             self._picker.rescan()
+        if rung or hints & RESCAN:
             self._more = True
             self._limited.look_soon()
         if hints & SUSPECT:
-            self._suspect = True
+            self._hear_of_suspect()
         if self._seat.lost == self._worker:
             self._start_over()
         try:
@@ -156,7 +146,7 @@ class Engine:
     def _register(self) -> None:
         before, ttl = time.monotonic(), self._app.conf.lease_ttl
         tasks = [f"{task}:{version}" for task, version in (*self._app.tasks, *self._app.machines)]
-        me = identity.own("worker", self._name, self._queue, command=os.getppid(), tasks=tasks)
+        me = identity.own("worker", self._name, self._queue, self.slot.count, command=os.getppid(), tasks=tasks)
         while True:
             try:
                 self._worker = self._link.run(workers.register(me, ttl))
@@ -229,7 +219,7 @@ class Engine:
     # Give back
 
     def _give_back_excess(self) -> None:
-        keep = self._pacing.keep(self._seat.entered_at)
+        keep = self._pacing.keep(self.slot.began)
         if keep is not None:
             self._release(self.buffer.take_back(keep=keep))
 
@@ -246,14 +236,23 @@ class Engine:
     def _demand(self) -> int:
         return self._pacing.demand(buffering=not (self._suspect or self._alone or self._limited.dry))
 
+    def _hear_of_suspect(self) -> None:
+        """A row with a crash behind it waits for a process that holds nothing."""
+        self._suspect = True
+
+    def _may_sleep(self) -> bool:
+        """Whether a claim that finds nothing is followed by sleep until somebody rings for a row."""
+        return not self._held
+
+    def _have_rows(self) -> None:
+        self._seat.state = BUSY
+
     def _claim_if_wanted(self) -> None:
         demand = self._demand()
         if not demand or time.monotonic() >= self._seat.deadline:
             return
-        nothing_held = not self._held
-        if nothing_held:
-            self._alone = False
-        if self._suspect and nothing_held:
+        self._alone = self._alone and bool(self._held)
+        if self._suspect and not self._held:
             self._suspect = False
             rows = self._claimed(self._picker.claim_suspect(self._worker))
             if rows:
@@ -262,7 +261,7 @@ class Engine:
                 return
         # A process that slept has looked for limited rows before: its latency is that of unlimited ones.
         due = self._limited.is_due() and not (self._more and self._seat.state == IDLE)
-        if nothing_held and (due or self._more):
+        if self._may_sleep() and (due or self._more):
             # Before the claim that may find nothing: a wake-up between the two then rings us.
             self._seat.state = IDLE
         if (due and self._claim_limited(demand)) or not self._more:
@@ -276,24 +275,24 @@ class Engine:
     def _claim_limited(self, demand: int) -> bool:
         """Look for limited rows; return whether there were any."""
         position = self._picker.position if self._more else None
-        slots, unknown = int(self.buffer.slot_waits and not len(self.buffer)), self._picker.unknown
-        found = self._limited.claim(self._worker, demand, slots, not self._held, unknown, position)
+        slots, alone, unknown = self.buffer.free, self.slot.runs_suspects and not self._held, self._picker.unknown
+        found = self._limited.claim(self._worker, demand, slots, alone, unknown, position)
         rows = self._claimed(found)
-        self._suspect |= self._limited.suspect
+        if self._limited.suspect:
+            self._hear_of_suspect()
         self._alone |= any(row.crashes for row in rows)
         if rows:
-            self._seat.state = BUSY
             # A token must not wait behind other rows.
             self.buffer.put_first([row for row in reversed(rows) if row.rate_limit is not None])
             self.buffer.put(row for row in rows if row.rate_limit is None)
+            self._have_rows()
         return bool(found)
 
     def _claimed(self, rows: list[Claimed]) -> list[Claimed]:
         """Take claimed rows in; those that can't be run here are dealt with at once."""
         if not rows:
             return rows
-        if self._reconcile_at == math.inf:
-            self._reconcile_at = time.monotonic() + self._app.conf.reconcile_interval
+        self._reconcile.holding()
         for row in rows:
             self._held[row.id] = row.token
         try:
@@ -305,17 +304,14 @@ class Engine:
 
     def _buffer_rows(self, rows: list[Claimed]) -> None:
         if rows:
-            self._seat.state = BUSY
             self.buffer.put(rows)
+            self._have_rows()
 
     def _reconcile_if_due(self) -> None:
         """Give back rows that the database says we hold and we don't know: a claim whose answer was lost."""
-        if time.monotonic() < self._reconcile_at:
-            return
-        reporting.gave_back(self._name, self._queue, self._release_strange())
-        now = time.monotonic()
-        again = self._held or now < self._suspicious_until
-        self._reconcile_at = now + self._app.conf.reconcile_interval if again else math.inf
+        if time.monotonic() >= self._reconcile.at:
+            reporting.gave_back(self._name, self._queue, self._release_strange())
+            self._reconcile.done(holding=bool(self._held))
 
     def _release_strange(self, reason: str | None = None) -> int:
         there = self._link.run(claims.held(self._worker))
@@ -332,8 +328,7 @@ class Engine:
             self._waiting.pause(0.5)
         self._picker.rescan()
         self._more = True
-        self._reconcile_at = 0.0
-        self._suspicious_until = time.monotonic() + LATE_CLAIM
+        self._reconcile.failed()
 
     # Waiting
 
@@ -342,12 +337,12 @@ class Engine:
         if self._stop_asked() is not None:
             return
         now = time.monotonic()
-        until = min(self._reconcile_at, self._step_connections.idle_since + IDLE_SECONDS, self._saturation.due)
+        until = min(self._reconcile.at, self._step_connections.idle_since + IDLE_SECONDS, self._saturation.due)
         pending = len(self.outbox)
         if pending:
             until = min(until, self.outbox.oldest_at + self._app.conf.flush_delay)
         if len(self.buffer):
-            began = self._seat.entered_at if self.slot.running else now
+            began = self.slot.began if self.slot.running else now
             until = min(until, began + BEHIND_A_LONG_STEP + 0.001)
         demand = self._demand()
         if demand and now >= self._seat.deadline:
@@ -371,6 +366,7 @@ class Engine:
         reporting.drained(self._queue, len(buffered), int(self.slot.running))
         self.buffer.close()
         while not self.slot.ended or len(self.outbox):
+            self._in_drain()
             if len(self.outbox):
                 self._flush(self.outbox.take(self._app.conf.flush_batch))
                 continue
@@ -383,6 +379,9 @@ class Engine:
         if not self.slot.ended:
             log.warning("%s stops a step before its end; it runs again elsewhere", self._name)
         self._retried(self._leave)
+
+    def _in_drain(self) -> None:
+        """Called again and again while steps end."""
 
     def _leave(self) -> None:
         self._held.clear()

@@ -6,15 +6,17 @@ but what ends the process.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 from durable.app import Durable
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
-from durable.runtime import reporting
+from durable.runtime import reporting, soft_limit
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.machine_step import MachineRunner
-from durable.runtime.soft_limit import beginning
 from durable.runtime.step_transaction import Begin
 from durable.runtime.task_step import TaskRunner
 from durable.storage.claims import Commit
@@ -26,21 +28,46 @@ def time_limits(app: Durable) -> dict[tuple[str, int], float]:
     return {key: limit for key, limit in limits.items() if limit is not None}
 
 
+class Limits(Protocol):
+    """How user code is run within its soft limit: by the module `soft_limit`, or `interrupts.ThreadLimits`."""
+
+    def within(
+        self, seconds: float | None, coroutines: CoroutineRunner, is_async: bool, call: Callable[[], Any], /
+    ) -> Any: ...
+
+    def beginning(self, begin: Begin, claimed: Claimed, is_async: bool, keep: Callable[[Any], None], /) -> None: ...
+
+
+def is_async(app: Durable, claimed: Claimed) -> bool:
+    """Whether the step of a claimed row is `async def`."""
+    definition = app.definitions[claimed.machine, claimed.machine_version]
+    if isinstance(definition, MachineDefinition):
+        return inspect.iscoroutinefunction(definition.steps.get(claimed.step))
+    return definition.is_async
+
+
 class Executor:
-    """Runs steps of an app for one slot.
+    """Runs steps of an app for one slot, or for the threads of one process.
 
     coroutines  runs `async def` user code
     begin       opens the transaction of a step that asks for `ctx.connection`; without it there is none
+    limits      runs user code within its soft time limit
     """
 
-    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None = None) -> None:
+    def __init__(
+        self,
+        app: Durable,
+        coroutines: CoroutineRunner,
+        begin: Begin | None = None,
+        limits: Limits = soft_limit,
+    ) -> None:
         self._definitions = app.definitions
         self._coroutines = coroutines
         self.time_limits = time_limits(app)
         """Seconds after which a step is killed, of the definitions that have such a limit."""
-        undisturbed = begin and partial(beginning, begin)
-        self._tasks = TaskRunner(app, coroutines, undisturbed)
-        self._machines = MachineRunner(app, coroutines, undisturbed)
+        undisturbed = begin and partial(limits.beginning, begin)
+        self.tasks = TaskRunner(app, coroutines, undisturbed, limits.within)
+        self.machines = MachineRunner(app, coroutines, undisturbed, limits.within)
 
     def execute(self, claimed: Claimed) -> Commit:
         """Run the step of a claimed row and return its outcome.
@@ -60,8 +87,8 @@ class Executor:
     def _execute(self, claimed: Claimed) -> Commit:
         definition = self._definitions[claimed.machine, claimed.machine_version]
         if isinstance(definition, MachineDefinition):
-            return self._machines.run(claimed, definition)
-        return self._tasks.run(claimed, definition)
+            return self.machines.run(claimed, definition)
+        return self.tasks.run(claimed, definition)
 
     def close(self) -> None:
         """End the event loop of `async def` steps."""

@@ -29,7 +29,7 @@ from durable.outcomes import (
 from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
-from durable.runtime.soft_limit import within
+from durable.runtime.soft_limit import Within
 from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit, Limits
 from durable.validation import near
@@ -40,21 +40,18 @@ log = logging.getLogger("durable.step")
 class MachineRunner:
     """Runs steps of machines for one slot."""
 
-    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None) -> None:
+    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None, within: Within) -> None:
         self._app = app
         self._codec = app.codec
         self._coroutines = coroutines
         self._begin = begin
+        self._within = within
         self._soft_time_limit = app.conf.soft_time_limit
 
     def run(self, claimed: Claimed, definition: MachineDefinition) -> Commit:
         """Run the step of a claimed row and return its outcome."""
         try:
-            data = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
-            state = definition.state_type.load(data)
-            step = definition.steps.get(claimed.step)
-            if step is None:
-                raise CorruptRowError(_no_step(definition, claimed.step))
+            step, data, state = self.loaded(claimed, definition)
         except (CorruptRowError, ValidationError) as error:
             return failed(claimed, error)
         if self._app.conf.log_payloads:
@@ -66,23 +63,39 @@ class MachineRunner:
         try:
             with entered(context):
                 seconds = definition.options.soft_time_limit or self._soft_time_limit
-                value = within(seconds, self._coroutines, is_async, partial(step, machine, context))
+                value = self._within(seconds, self._coroutines, is_async, partial(step, machine, context))
                 if inspect.iscoroutine(value):
                     value.close()
                     raise OutcomeError(
                         f"step {claimed.step!r} of {definition.name} returned a coroutine: declare it `async def`"
                     )
-                return context.commit(self._commit(claimed, definition, context, value))
+                return context.commit(self.outcome(claimed, definition, context, value))
         except StepAgain:
             raise
-        except Cancel as cancel:
-            return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
-        except RetryRequested as request:
-            return self._commit(claimed, definition, context, Retry(delay=request.delay or 0.0))
         except BaseException as error:
-            log_failure(log, claimed, error)
             error_seen = error
-        return self._handled(claimed, definition, context, machine, error_seen)
+        return self.ended_by(claimed, definition, context, machine, error_seen)
+
+    def loaded(self, claimed: Claimed, definition: MachineDefinition) -> tuple[Any, Any, Any]:
+        """Return a row's step, its state as it was stored, and loaded. Raises CorruptRowError, ValidationError."""
+        data = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
+        state = definition.state_type.load(data)
+        step = definition.steps.get(claimed.step)
+        if step is None:
+            raise CorruptRowError(_no_step(definition, claimed.step))
+        return step, data, state
+
+    def ended_by(
+        self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], machine: Any, error: BaseException
+    ) -> Commit:
+        """Return the outcome of a step that raised."""
+        match error:
+            case Cancel():
+                return stopped(claimed, error.reason, "Cancel", self._codec, definition.options.serializer)
+            case RetryRequested():
+                return self.outcome(claimed, definition, context, Retry(delay=error.delay or 0.0))
+        log_failure(log, claimed, error)
+        return self._handled(claimed, definition, context, machine, error)
 
     def _handled(
         self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], machine: Any, error: BaseException
@@ -93,13 +106,13 @@ class MachineRunner:
                 value = machine.handle(error, context)
                 if inspect.iscoroutine(value):
                     value = self._coroutines.run(value)
-            commit = self._commit(claimed, definition, context, value)
+            commit = self.outcome(claimed, definition, context, value)
         except StepAgain:
             raise
         except Cancel as cancel:
             return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
         except RetryRequested as request:
-            commit = self._commit(claimed, definition, context, Retry(delay=request.delay or 0.0))
+            commit = self.outcome(claimed, definition, context, Retry(delay=request.delay or 0.0))
         except BaseException as problem:
             log_failure(log, claimed, problem)
             return failed(claimed, problem)
@@ -107,7 +120,7 @@ class MachineRunner:
             commit.error = error_json(error)  # a retried or rerouted failure stays visible on the row
         return commit
 
-    def _commit(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
+    def outcome(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
         """Turn an outcome into a Commit. Raises OutcomeError, PayloadError, ValidationError: errors of the step."""
         serializer = definition.options.serializer
         awaited = [signal.id for signal in context.awaited]

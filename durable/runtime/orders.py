@@ -4,8 +4,8 @@ an end of the command itself.
 A paused queue: the claims themselves look at the database, so that nothing here decides what is run. The queue's
 children are told so that they give back what they have only buffered, and sleep instead of asking in vain.
 
-Processes: an ordered number, else what --autoscale makes of the work that waits, else what the command was started
-with. The supervisor, which can't ask, finds it in shared memory.
+Processes, or slots of a queue's one process: an ordered number, else what --autoscale makes of the work that waits,
+else what the command was started with. The supervisor, which can't ask, finds it in shared memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Orders:
 
     queues     the queue of each seat
     autoscale  fewest and most processes per queue
+    room       of each queue, the most processes or slots; else as many as it has seats
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Orders:
         seats: SharedSeats,
         bells: Sequence[Bell],
         autoscale: tuple[int, int] | None = None,
+        room: Sequence[int] | None = None,
     ) -> None:
         self._link = link
         self._queues = list(queues)
         self._names = list(dict.fromkeys(queues))
+        self._room = list(room) if room is not None else [self._queues.count(name) for name in self._names]
         self._seats = seats
         self._bells = list(bells)
         self._scaled = {queue: Autoscale(*autoscale) for queue in self._names} if autoscale else {}
@@ -88,20 +91,23 @@ class Orders:
 
     def _want(self, number: int, processes: int) -> None:
         queue = self._names[number]
-        room = self._queues.count(queue)
+        room = self._room[number]
         held = min(processes, room)
         if self._seats.wanted(number) == held:
             return
         if held < processes:
             log.warning(
-                "queue %s is to have %d processes; this command has places for %d until it is reloaded",
+                "queue %s is to have %d; this command has places for %d until it is reloaded",
                 queue,
                 processes,
                 room,
             )
-        log.info("queue %s: %d worker processes instead of %d", queue, held, self._seats.wanted(number))
+        log.info("queue %s: a concurrency of %d instead of %d", queue, held, self._seats.wanted(number))
         self._seats.want(number, held)
         self._seats.bell.ring()
+        for index, name in enumerate(self._queues):
+            if name == queue and self._seats.seat(index).roster is not None:
+                self._bells[index].ring()  # it may have more slots
 
     def scale(self, now: float) -> None:
         """Once a second, if asked to: more or fewer processes. Raises psycopg.Error."""

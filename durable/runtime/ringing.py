@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from durable.runtime.quarantine import Quarantine
 from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
 
 
 class Ringer:
-    """Wakes by queue; `queues` holds the queue of each seat."""
+    """Wakes by queue; `queues` holds the queue of each seat. Those of the quarantine are woken for its rows alone."""
 
-    def __init__(self, queues: Sequence[str], seats: SharedSeats, bells: Sequence[Bell]) -> None:
+    def __init__(
+        self, queues: Sequence[str], seats: SharedSeats, bells: Sequence[Bell], quarantine: Quarantine
+    ) -> None:
+        self._quarantine = quarantine
         self._queues = list(queues)
         self._seats = seats
         self._bells = list(bells)
@@ -21,7 +25,11 @@ class Ringer:
         return [
             index
             for index, name in enumerate(self._queues)
-            if name == queue and (seat := self._seats.seat(index)).state == IDLE and not seat.paused
+            if name == queue
+            and (seat := self._seats.seat(index)).state == IDLE
+            and not seat.paused
+            and not seat.leaves
+            and index not in self._quarantine.indices
         ]
 
     def ring(self, queue: str, count: int, flags: int) -> None:
@@ -43,6 +51,9 @@ class Ringer:
 
     def hint_suspect(self, queue: str) -> None:
         """Have one child claim a suspect: an idle one, else a busy one, which lets its buffer run dry for it."""
+        if self._quarantine.has(queue):
+            self._quarantine.needed(queue)
+            return
         seats = self.idle(queue) or [
             index
             for index, name in enumerate(self._queues)

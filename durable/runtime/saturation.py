@@ -6,9 +6,8 @@ import math
 import time
 
 from durable import telemetry
-from durable.runtime.buffer import Buffer, Outbox
-from durable.runtime.pacing import Pacing
-from durable.runtime.slot import Slot
+from durable.runtime.buffer import Outbox
+from durable.runtime.slots import Policy, Rows, Slots
 
 EVERY = 1.0
 """Seconds between two reports at least."""
@@ -17,7 +16,7 @@ EVERY = 1.0
 class Saturation:
     """Reports while there is work, and once more when the process has come to rest."""
 
-    def __init__(self, queue: str, slot: Slot, buffer: Buffer, outbox: Outbox, pacing: Pacing) -> None:
+    def __init__(self, queue: str, slot: Slots, buffer: Rows, outbox: Outbox, pacing: Policy) -> None:
         self._queue = queue
         self._slot = slot
         self._buffer = buffer
@@ -47,7 +46,7 @@ class Saturation:
             {
                 "in_flight": in_flight,
                 "buffer": waiting,
-                "concurrency": 1,
+                "concurrency": self._slot.count,
                 "prefetch": self._pacing.target(),
                 "flush_lag": max(0.0, now - self._outbox.oldest_at) if len(self._outbox) else 0.0,
             },

@@ -15,21 +15,27 @@ a child that dies leaves here what it was running.
     pid             of the child that sits here                                     supervisor writes
     hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
     paused          whether the child's queue is                                    agent writes
+    met_suspect     whether it met a row that must run alone, in another process    child writes, agent clears
+    leaves          whether it claims nothing more and is to be replaced            child writes
+
+A child of many slots notes what it steps in its roster (roster.py) instead of in the entered_ fields.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from durable.runtime.roster import Roster
 
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
 
-_FIELDS = 11
+_FIELDS = 13
 (_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS,
- _PAUSED) = range(_FIELDS)  # fmt: skip
+ _PAUSED, _MET_SUSPECT, _LEAVES) = range(_FIELDS)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +50,12 @@ class SharedSeats:
     """The memory itself; `seat(n)` is one child's part of it.
 
     started  how many processes each queue starts with; how many it is to have is written here by the agent
+    rosters  by the number of a seat, of those whose processes have many slots
     bell     wakes the supervisor
     """
 
-    def __init__(self, count: int, started: Sequence[int] = (1,)) -> None:
+    def __init__(self, count: int, started: Sequence[int] = (1,), rosters: Mapping[int, Roster] | None = None) -> None:
+        self._rosters = rosters or {}
         self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 2 + len(started)) * 8))
         self.bell = Bell()
         self.started = tuple(started)
@@ -61,7 +69,7 @@ class SharedSeats:
 
     def seat(self, index: int) -> Seat:
         """Return seat number `index`."""
-        return Seat(self._integers, self._floats, index * _FIELDS)
+        return Seat(self._integers, self._floats, index * _FIELDS, self._rosters.get(index))
 
     def wanted(self, queue: int) -> int:
         """How many processes a queue is to have, by its number."""
@@ -95,17 +103,22 @@ class SharedSeats:
 class Seat:
     """One child's fields; see the module's head for who writes which."""
 
-    __slots__ = ("_base", "_floats", "_integers")
+    __slots__ = ("_base", "_floats", "_integers", "roster")
 
-    def __init__(self, integers: memoryview[int], floats: memoryview[float], base: int) -> None:
+    def __init__(
+        self, integers: memoryview[int], floats: memoryview[float], base: int, roster: Roster | None = None
+    ) -> None:
         self._integers = integers
         self._floats = floats
         self._base = base
+        self.roster = roster
 
     def clear(self) -> None:
         """Empty the seat for a new child."""
         for field in range(_FIELDS):
             self._integers[self._base + field] = 0
+        if self.roster is not None:
+            self.roster.clear()
 
     @property
     def worker_id(self) -> int:
@@ -167,6 +180,8 @@ class Seat:
 
     def running(self, now: float) -> list[tuple[int, int, float]]:
         """What is being stepped: (id, token, seconds since it began) of each."""
+        if self.roster is not None:
+            return [(step.id, step.token, max(0.0, now - step.at)) for step in self.roster.steps()]
         entered = self.entered
         return [] if entered is None else [(entered.id, entered.token, max(0.0, now - self.entered_at))]
 
@@ -185,6 +200,22 @@ class Seat:
     @paused.setter
     def paused(self, value: bool) -> None:
         self._integers[self._base + _PAUSED] = int(value)
+
+    @property
+    def met_suspect(self) -> bool:
+        return bool(self._integers[self._base + _MET_SUSPECT])
+
+    @met_suspect.setter
+    def met_suspect(self, value: bool) -> None:
+        self._integers[self._base + _MET_SUSPECT] = int(value)
+
+    @property
+    def leaves(self) -> bool:
+        return bool(self._integers[self._base + _LEAVES])
+
+    @leaves.setter
+    def leaves(self, value: bool) -> None:
+        self._integers[self._base + _LEAVES] = int(value)
 
     def hint(self, flags: int) -> None:
         """Ask the child to look again; a hint that is overwritten by a race costs at most a second."""

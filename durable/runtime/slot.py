@@ -53,6 +53,8 @@ class Slot:
         """Moving mean of the seconds a step takes; None before the first."""
         self.running = False
         self.ended = False
+        self.runs_suspects = True
+        """Whether rows with a crash behind them are run here."""
         self.worn: Callable[[], bool] | None = None
         """Asked after each step: whether the process is to be replaced. It has asked for that then."""
 
@@ -81,6 +83,16 @@ class Slot:
                 break
         self.ended = True
         self.close()
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return 1
+
+    @property
+    def began(self) -> float:
+        """time.monotonic() when the step began that runs."""
+        return self._seat.entered_at
 
     def close(self) -> None:
         """End what steps have left running in the process."""

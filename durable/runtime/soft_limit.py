@@ -21,6 +21,8 @@ from durable.outcomes import SoftTimeLimitExceeded
 from durable.runtime.coroutines import CoroutineRunner
 
 T = TypeVar("T")
+Within = Callable[[float | None, CoroutineRunner, bool, Callable[[], Any]], Any]
+"""What `within` is."""
 
 _armed: float | None = None
 _installed = False
@@ -43,7 +45,7 @@ def within(seconds: float | None, coroutines: CoroutineRunner, is_async: bool, c
     if seconds is None:
         return coroutines.run(call()) if is_async else call()
     if is_async:
-        return coroutines.run(_within(call(), seconds))
+        return coroutines.run(awithin(call(), seconds))
     with _alarm(seconds):
         return call()
 
@@ -95,7 +97,8 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-async def _within(coroutine: Coroutine[Any, Any, Any], seconds: float) -> Any:
+async def awithin(coroutine: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """Return what a step's coroutine returns, on whatever loop this one is run by."""
     return await _limited(coroutine, seconds)
 
 

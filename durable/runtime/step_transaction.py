@@ -125,6 +125,7 @@ class StepConnections:
     """A process's connections for steps, opened when a step asks, closed when none did for a minute.
 
     name      of its sessions
+    most      how many there may be unless the setting says
     worker    returns the process's present worker id
     stopping  returns whether the process was asked to stop
     """
@@ -136,6 +137,7 @@ class StepConnections:
         coroutines: CoroutineRunner,
         worker: Callable[[], int],
         stopping: Callable[[], bool],
+        most: int = 1,
     ) -> None:
         self._dsn = app.dsn
         self.sql = app.sql
@@ -145,17 +147,18 @@ class StepConnections:
         self.stopping = stopping
         self._pooler = app.conf.pooler
         self._timeout = app.conf.connect_timeout
-        self._free = threading.BoundedSemaphore(app.conf.step_connections or 1)
+        self._free = threading.BoundedSemaphore(app.conf.step_connections or most)
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Lent]] = []
 
-    def begin(self, claimed: Claimed, asynchronous: bool) -> StepTransaction:
+    def begin(self, claimed: Claimed, asynchronous: bool, *, wait: bool = True) -> StepTransaction:
         """Open the transaction of a step. Raises StepAgain when no connection is to be had."""
-        return StepTransaction(self, claimed, self.lend(asynchronous))
+        return StepTransaction(self, claimed, self.lend(asynchronous, wait=wait))
 
-    def lend(self, asynchronous: bool) -> Lent:
+    def lend(self, asynchronous: bool, *, wait: bool = True) -> Lent:
         """Lend a connection inside a fresh transaction; waits for one. Raises StepAgain when none is to be had."""
-        self._free.acquire()
+        if not self._free.acquire(blocking=wait):
+            raise StepAgain("no step connection is free")
         try:
             while True:
                 lent = self._take(_Async if asynchronous else _Sync)

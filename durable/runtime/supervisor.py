@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from durable import telemetry
 from durable.app import Durable
@@ -33,36 +32,21 @@ from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
 from durable.runtime.child import RETIRE, run_child
 from durable.runtime.executor import time_limits
+from durable.runtime.places import Place, Places
 from durable.runtime.process import describe_exit, fork
-from durable.runtime.shared import IDLE, Bell, SharedSeats
-from durable.runtime.termination import kill_running
+from durable.runtime.quarantine import Quarantine
+from durable.runtime.shared import IDLE
+from durable.runtime.slots import PREFORK
+from durable.runtime.termination import kill_hung, kill_running
 
 log = logging.getLogger(__name__)
 
 LIMIT_LOOK = 0.2
 """Seconds between two looks for steps beyond their time limit, if anything has one."""
-SPARE = 16
-"""Places per queue beyond those it starts with, for a larger number set while it runs."""
 KILL_AFTER_DRAIN = 2.0
 """Seconds beyond its drain time after which a child that doesn't end is killed."""
 FORK_PAUSE_MOST = 5.0
 HEALTHY_AFTER = 5.0
-
-
-@dataclass
-class Place:
-    """One seat and who sits in it."""
-
-    queue: str
-    bell: Bell = field(default_factory=Bell)
-    pid: int = 0
-    forked_at: float = 0.0
-    fork_at: float = 0.0
-    pause: float = 0.0
-    stopped_at: float | None = None
-    retiring: bool = False
-    reason: str = ""
-    """Why it was killed, if we did it."""
 
 
 class Supervisor:
@@ -70,6 +54,7 @@ class Supervisor:
 
     queues     queue -> number of worker processes at the start
     room       queue -> the most there can be until it is reloaded; else SPARE more
+    pool       PREFORK; or THREADS, ASYNCIO: one process per queue, and those numbers are of its slots
     autoscale  fewest and most per queue, by how long work waits
     beat       whether a beat is forked too
     """
@@ -83,17 +68,14 @@ class Supervisor:
         beat: bool = False,
         room: Mapping[str, int] | None = None,
         autoscale: tuple[int, int] | None = None,
+        pool: str = PREFORK,
     ) -> None:
         self._app = app
         self._name = name
         self._beat_wanted = beat
         self._autoscale = autoscale
-        self._queues = list(queues)
-        room = room or {}
-        self._places = [
-            Place(queue) for queue, count in queues.items() for _ in range(max(count, room.get(queue, count + SPARE)))
-        ]
-        self._seats = SharedSeats(len(self._places), list(queues.values()))
+        self._places = Places(queues, room or {}, pool)
+        self._seats = self._places.seats
         self._time_limits = bool(time_limits(app))
         self._inbox, self._to_agent = os.pipe()
         self._agent_pid = 0
@@ -118,7 +100,7 @@ class Supervisor:
         self._fill_places()
         if self._beat_wanted:
             self._fork_beat()
-        log.info("worker %s: %d processes", self._name, sum(self._seats.started))
+        log.info("worker %s: %d processes", self._name, sum(map(self._places.wanted, range(len(self._places.groups)))))
         worker_ready.send(self._name)
         while not (self._draining is not None and self._all_gone()):
             self._turn()
@@ -150,14 +132,14 @@ class Supervisor:
         if self._time_limits:
             self._kill_beyond_limit()
         if self._draining is None:
-            self._fill_places()
             self._retire_surplus()
+            self._fill_places()
 
     def _next_due(self) -> float:
         """Seconds until something must be looked at though no signal comes."""
         if self._draining is not None or any(place.stopped_at is not None for place in self._places):
             return 0.2
-        if self._time_limits or any(self._surplus(number) for number in range(len(self._queues))):
+        if self._time_limits or any(self._surplus(group) for group in range(len(self._places.groups))):
             return LIMIT_LOOK
         now = time.monotonic()
         waits = [self._places[index].fork_at - now for index in self._lacking()]
@@ -224,15 +206,15 @@ class Supervisor:
         seat = self._seats.seat(self._places.index(place))
         clean = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
         if seat.worker_id and not clean:
-            entered = seat.entered
-            # A step that was killed because its drain time was over costs nothing.
-            crashed = [] if entered is None or self._draining is not None else [(entered.id, entered.token)]
+            # A step that was killed because its drain time was over costs nothing; no more does a hung one's neighbour.
+            entered = [running[:2] for running in seat.running(0.0)] if place.overdue is None else place.overdue
+            crashed = [] if self._draining is not None else entered
             cause = (
                 f"worker process {pid} of {self._name} on {os.uname().nodename} {describe_exit(status)}{place.reason}"
             )
             self._tell_agent({"worker": seat.worker_id, "entered": crashed, "cause": cause})
         seat.clear()
-        place.reason = ""
+        place.reason, place.overdue = "", None
         now = time.monotonic()
         if clean or now - place.forked_at >= HEALTHY_AFTER:
             place.pause = 0.0
@@ -265,6 +247,9 @@ class Supervisor:
         now = time.monotonic()
         for index, place in enumerate(self._places):
             seat = self._seats.seat(index)
+            if place.has_many:
+                kill_hung(place, seat, now)
+                continue
             entered, limit_at = seat.entered, seat.limit_at
             if entered is None or not limit_at or now < limit_at:
                 continue
@@ -285,28 +270,30 @@ class Supervisor:
     def _lacking(self) -> list[int]:
         """The places to fill: those left last first, so that the pause after a crash is kept."""
         found = []
-        for number, queue in enumerate(self._queues):
-            free = [index for index, place in enumerate(self._places) if place.queue == queue and not place.pid]
+        for group in range(len(self._places.groups)):
+            free = [index for index, place in enumerate(self._places) if place.group == group and not place.pid]
             free.sort(key=lambda index: self._places[index].fork_at, reverse=True)
-            found += free[: max(0, -self._surplus(number))]
+            found += free[: max(0, -self._surplus(group))]
         return found
 
-    def _surplus(self, number: int) -> int:
-        """How many processes a queue has beyond those wanted; negative: lacks."""
-        queue = self._queues[number]
-        serving = sum(1 for place in self._places if place.queue == queue and place.pid and not place.retiring)
-        return serving - self._seats.wanted(number)
+    def _surplus(self, group: int) -> int:
+        """How many processes a group has beyond those wanted; negative: lacks."""
+        serving = sum(1 for place in self._places if place.group == group and place.pid and not place.retiring)
+        return serving - self._places.wanted(group)
 
     def _retire_surplus(self) -> None:
         """Have as many end as are too many, idle ones first; one that has yet to register is met later."""
-        for number, queue in enumerate(self._queues):
-            surplus = self._surplus(number)
+        for index, place in enumerate(self._places):
+            if place.has_many and self._seats.seat(index).leaves:
+                place.retiring = True  # it ends by itself
+        for group in range(len(self._places.groups)):
+            surplus = self._surplus(group)
             if surplus <= 0:
                 continue
             serving = [
                 (self._seats.seat(index).state != IDLE, -index, place)
                 for index, place in enumerate(self._places)
-                if place.queue == queue and place.pid and not place.retiring and self._seats.seat(index).worker_id
+                if place.group == group and place.pid and not place.retiring and self._seats.seat(index).worker_id
             ]
             for _, _, place in sorted(serving, key=lambda entry: entry[:2])[:surplus]:
                 place.retiring = True
@@ -319,22 +306,18 @@ class Supervisor:
         seat = seats.seat(index)
         seat.clear()
         app, name, drain_timeout = self._app, self._name, self._app.conf.drain_timeout
-        queue, bell = place.queue, place.bell
         place.forked_at = time.monotonic()
         place.pid = self._fork(
-            lambda: run_child(app, queue, name, seats, seat, bell, drain_timeout), f"durable:{queue}", "worker"
+            lambda: run_child(app, place, name, seats, seat, drain_timeout), f"durable:{place.queue}", "worker"
         )
         seat.pid = place.pid
 
     def _fork_agent(self) -> None:
+        places, bells = self._places, [place.bell for place in self._places]
+        quarantine = Quarantine(self._seats, bells, places.quarantined)
+        queues = [place.queue for place in places]
         agent = Agent(
-            self._app,
-            self._name,
-            [place.queue for place in self._places],
-            self._seats,
-            [place.bell for place in self._places],
-            self._inbox,
-            self._autoscale,
+            self._app, self._name, queues, self._seats, bells, self._inbox, self._autoscale, quarantine, places.room
         )
         # The agent must see the end of the pipe when the supervisor is gone, so it keeps no writing end itself.
         self._agent_pid = self._fork(lambda: self._be_agent(agent), "durable:agent", "agent")

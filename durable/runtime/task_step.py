@@ -16,7 +16,7 @@ from durable.retry import default_backoff
 from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
-from durable.runtime.soft_limit import within
+from durable.runtime.soft_limit import Within
 from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
@@ -35,18 +35,19 @@ class _Refused(Exception):
 class TaskRunner:
     """Runs tasks for one slot."""
 
-    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None) -> None:
+    def __init__(self, app: Durable, coroutines: CoroutineRunner, begin: Begin | None, within: Within) -> None:
         self._app = app
         self._codec = app.codec
         self._coroutines = coroutines
         self._begin = begin
+        self._within = within
         self._soft_time_limit = app.conf.soft_time_limit
 
     def run(self, claimed: Claimed, task: Task[..., Any]) -> Commit:
         """Run the step of a claimed row and return its outcome."""
         try:
             state = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
-            args, kwargs = _arguments(state, claimed)
+            args, kwargs = arguments(state, claimed)
         except CorruptRowError as error:
             return failed(claimed, error)
         if self._app.conf.log_payloads:
@@ -69,24 +70,31 @@ class TaskRunner:
                 seconds = task.options.soft_time_limit or self._soft_time_limit
                 if task.options.bind:
                     args = [context, *args]
-                value = within(seconds, self._coroutines, task.is_async, partial(function, *args, **kwargs))
-                return context.commit(self._outcome(claimed, task, value)), value, None
+                value = self._within(seconds, self._coroutines, task.is_async, partial(function, *args, **kwargs))
+                return context.commit(self.outcome(claimed, task, value)), value, None
         except StepAgain:
             raise
-        except _Refused as refusal:
-            return failed(claimed, refusal.reason), None, refusal.reason
-        except Cancel as cancel:
-            return stopped(claimed, cancel.reason, "Cancel", self._codec, task.options.serializer), None, cancel
-        except RetryRequested as request:
-            cause = request.cause or request.__context__ or request
-            return self._again(claimed, task, request.delay, cause, request.limit), None, cause
         except BaseException as error:
-            log_failure(log, claimed, error)
-            if task.options.retry.retries(error):
-                return self._again(claimed, task, None, error), None, error
-            return failed(claimed, error), None, error
+            return self.ended_by(claimed, task, error)
 
-    def _outcome(self, claimed: Claimed, task: Task[..., Any], value: Any) -> Commit:
+    def ended_by(
+        self, claimed: Claimed, task: Task[..., Any], error: BaseException
+    ) -> tuple[Commit, Any, BaseException]:
+        """Return what `_step` does for a step that raised."""
+        match error:
+            case _Refused(reason=reason):
+                return failed(claimed, reason), None, reason
+            case Cancel():
+                return stopped(claimed, error.reason, "Cancel", self._codec, task.options.serializer), None, error
+            case RetryRequested():
+                cause = error.cause or error.__context__ or error
+                return self._again(claimed, task, error.delay, cause, error.limit), None, cause
+        log_failure(log, claimed, error)
+        if task.options.retry.retries(error):
+            return self._again(claimed, task, None, error), None, error
+        return failed(claimed, error), None, error
+
+    def outcome(self, claimed: Claimed, task: Task[..., Any], value: Any) -> Commit:
         """Turn a return value into a Commit; what can't be stored fails the instance at once, not after retries."""
         if isinstance(value, Retry):
             return self._again(claimed, task, value.delay, None)
@@ -131,7 +139,7 @@ class TaskRunner:
         return Commit(claimed, status, error=error_json(error), attempt=claimed.attempt + 1, delay=delay)
 
 
-def _arguments(state: Any, claimed: Claimed) -> tuple[list[Any], dict[str, Any]]:
+def arguments(state: Any, claimed: Claimed) -> tuple[list[Any], dict[str, Any]]:
     if not isinstance(state, dict):
         raise CorruptRowError(f"state of instance {claimed.id} is {type(state).__name__}, not a mapping")
     args, kwargs = state.get("args", []), state.get("kwargs", {})

@@ -16,13 +16,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from durable.runtime.link import Link
-from durable.runtime.shared import Entered, Seat, SharedSeats
+from durable.runtime.places import Place
+from durable.runtime.shared import Bell, Entered, Seat, SharedSeats
 from durable.storage import workers
 
 log = logging.getLogger(__name__)
@@ -31,20 +32,43 @@ FREEZE_PATIENCE = 0.5
 """Seconds to wait until a process has stopped. One in an uninterruptible call may not in time: it is let go, and met
 again at the next look."""
 
+HUNG = 5.0
+"""Seconds beyond a time limit in which a process of many slots gives the step up, if it moves."""
 
-def terminate(seats: SharedSeats, link: Link) -> None:
+
+def terminate(seats: SharedSeats, bells: Sequence[Bell], link: Link) -> None:
     """Kill the children of this command whose claim is to be terminated. Asks nothing while none runs a step.
+
+    A child of many slots, by its bell, is asked to give that step up, since its other steps are not to be killed.
 
     Raises psycopg.Error, link.Stopped.
     """
-    running = {entered: seat for index in range(seats.count) if (entered := (seat := seats.seat(index)).entered)}
+    running = {Entered(*step[:2]): index for index in range(seats.count) for step in seats.seat(index).running(0.0)}
     if not running:
         return
     for claim in link.run(workers.terminations([(entered.id, entered.token) for entered in running])):
-        seat = running[Entered(*claim)]
+        index = running[Entered(*claim)]
+        seat = seats.seat(index)
+        if seat.roster is not None:
+            if seat.roster.ask(*claim):
+                bells[index].ring()
+            continue
         pid = seat.pid
         if kill_running(seat, Entered(*claim), os.getppid()):
             log.warning("worker process %d is killed: its instance is terminated", pid, extra={"instance": claim[0]})
+
+
+def kill_hung(place: Place, seat: Seat, now: float) -> None:
+    """Kill a process of many slots that has not given up a step long after its `time_limit`: it does not move."""
+    assert seat.roster is not None, "it has many slots"
+    overdue = [step for step in seat.roster.steps() if step.limit_at and now > step.limit_at + HUNG]
+    if not overdue or not place.pid:
+        return
+    place.overdue = [(step.id, step.token) for step in overdue]
+    ran = overdue[0].limit_at - overdue[0].at
+    place.reason = f": it did not move, and its step ran longer than its time_limit of {ran:g} s"
+    log.warning("worker process %d is killed%s", place.pid, place.reason, extra={"instance": overdue[0].id})
+    os.kill(place.pid, signal.SIGKILL)
 
 
 def kill_running(seat: Seat, claim: Entered, parent: int, limit_at: float | None = None) -> bool:

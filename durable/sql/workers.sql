@@ -84,6 +84,29 @@ SET status = CASE WHEN j.cancelled THEN 'cancelled' WHEN j.lost THEN 'failed' EL
 FROM judged AS j WHERE i.ctid = j.row
 RETURNING i.id, i.queue, i.status::text, j.crashed, i.concurrency_key, i.gate_shard;
 
+-- name: give_up
+-- Take rows back whose steps ran too long, from a worker that lives: each counts a crash; at `max_crashes` it fails. One
+-- whose outcome is committing right now is locked and skipped: it was in time.
+-- Params: worker bigint; ids bigint[] in order, tokens int[], errors text[] (JSON, for those that fail);
+--         max_crashes int. Rows: id, queue, status, crashed, concurrency_key, gate_shard.
+-- Locks: instances FOR NO KEY UPDATE SKIP LOCKED.
+WITH taken AS MATERIALIZED (
+    SELECT i.ctid AS row, g.error, i.cancel_requested AS cancelled, NOT i.terminate_requested AS crashed,
+           NOT i.terminate_requested AND i.crashes + 1 >= %(max_crashes)s AS lost
+    FROM unnest(%(ids)s::bigint[], %(tokens)s::int[], %(errors)s::text[]) AS g (id, token, error)
+    JOIN {schema}.instances AS i ON i.id = g.id
+    WHERE (i.worker_id, i.token, i.status)
+          IS NOT DISTINCT FROM (%(worker)s::bigint, g.token, 'executing'::{schema}.status)
+    FOR NO KEY UPDATE OF i SKIP LOCKED
+)
+UPDATE {schema}.instances AS i
+SET status = CASE WHEN t.cancelled THEN 'cancelled' WHEN t.lost THEN 'failed' ELSE 'runnable' END::{schema}.status,
+    finished_at = CASE WHEN t.cancelled OR t.lost THEN clock_timestamp() END,
+    error = CASE WHEN t.cancelled THEN i.error WHEN t.lost THEN t.error::jsonb ELSE i.error END,
+    crashes = i.crashes + t.crashed::int, worker_id = NULL
+FROM taken AS t WHERE i.ctid = t.row
+RETURNING i.id, i.queue, i.status::text, t.crashed, i.concurrency_key, i.gate_shard;
+
 -- name: terminations
 -- Which of these claims are to be killed for a cancel. Params: ids bigint[], tokens int[]. Rows: id, token.
 SELECT i.id, i.token
@@ -110,9 +133,11 @@ FROM {schema}.workers AS w WHERE w.dead_at IS NULL ORDER BY w.kind, w.name, w.id
 SELECT w.name, w.host, w.pid, w.queue, i.id, i.machine, i.step, i.attempt,
        w.heartbeat_at - make_interval(secs => e.seconds), w.heartbeat_at
 FROM {schema}.instances AS i JOIN {schema}.workers AS w ON w.id = i.worker_id
-LEFT JOIN LATERAL (
-    SELECT (entry ->> 2)::float8 AS seconds FROM jsonb_array_elements(w.entered) AS entry
-    WHERE (entry ->> 0)::bigint = i.id AND (entry ->> 1)::integer = i.token LIMIT 1) AS e ON true
+LEFT JOIN (
+    SELECT o.id AS worker_id, (entry ->> 0)::bigint AS id, (entry ->> 1)::integer AS token,
+           min((entry ->> 2)::float8) AS seconds
+    FROM {schema}.workers AS o CROSS JOIN jsonb_array_elements(o.entered) AS entry
+    WHERE o.dead_at IS NULL GROUP BY 1, 2, 3) AS e ON (e.worker_id, e.id, e.token) = (w.id, i.id, i.token)
 WHERE i.status = 'executing' AND w.dead_at IS NULL AND (%(worker)s::text IS NULL OR w.name = %(worker)s)
 ORDER BY w.name, w.host, w.pid, i.id;
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from psycopg.types.json import Jsonb
 
@@ -124,6 +125,36 @@ def reclaim(
             "error": Jsonb({"type": "WorkerLost", "message": f"{cause}; that was crash {max_crashes} in this step"}),
         },
     )
+    return (yield from _reclaimed(rows))
+
+
+def give_up(worker: int, steps: Sequence[tuple[int, int, str]], max_crashes: int) -> Operation[Reclaimed]:
+    """Take back rows whose steps ran too long, from a worker that lives: each counts a crash. Needs a transaction.
+
+    steps  (id, token, why it was given up, for one that fails with WorkerLost)
+    Skips rows whose outcome is committing right now.
+    """
+    ordered = sorted(steps)
+    yield from lock_parents([step[0] for step in ordered])
+    errors = [
+        json.dumps({"type": "WorkerLost", "message": f"{why}; that was crash {max_crashes} in this step"})
+        for _, _, why in ordered
+    ]
+    rows = yield (
+        "give_up",
+        {
+            "worker": worker,
+            "ids": Int8Array([step[0] for step in ordered]),
+            "tokens": Int4Array([step[1] for step in ordered]),
+            "errors": TextArray(errors),
+            "max_crashes": max_crashes,
+        },
+    )
+    return (yield from _reclaimed(rows))
+
+
+def _reclaimed(rows: Sequence[Sequence[Any]]) -> Operation[Reclaimed]:
+    """Count rows that were taken back, and do what follows from their end."""
     reclaimed = Reclaimed()
     ended: list[int] = []
     for instance_id, queue, status, crashed, _, _ in rows:

@@ -185,7 +185,7 @@ def test_claims_of_which_nobody_knew_are_reclaimed(app: Durable, driver: Driver,
     app.insert_many([(work, {})] * 2)
     driver.claims(2)
     driver.engine._held.clear()
-    driver.engine._reconcile_at = 0.0
+    driver.engine._reconcile.failed()
     driver.engine._reconcile_if_due()
     assert heard.of("scheduler.reclaimed") == [({"count": 2}, {"queue": "default"})]
 

@@ -1,0 +1,199 @@
+"""Steps that are `async def`, on the loop of a process with many slots.
+
+What a step is and what becomes of it is said by the runners (task_step.py, machine_step.py); here is what of it must
+await. The loop itself never waits: hooks, `handle` and the end of a step's transaction have threads of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from durable.app import Durable
+from durable.context import Context, Transaction, entered
+from durable.errors import CorruptRowError, ValidationError
+from durable.instance import Claimed
+from durable.machine import MachineDefinition
+from durable.outcomes import Next, ScheduleChildren
+from durable.runtime import reporting
+from durable.runtime.async_connections import Aside, AsyncConnections
+from durable.runtime.failures import failed
+from durable.runtime.machine_step import MachineRunner
+from durable.runtime.soft_limit import awithin
+from durable.runtime.step_transaction import StepAgain, StepTransaction
+from durable.runtime.task_step import TaskRunner, arguments
+from durable.storage.claims import Commit
+from durable.task import Task
+from durable.task_hooks import begun, ended, observed
+
+log = logging.getLogger("durable.step")
+
+
+class Execution:
+    """One execution of a step.
+
+    transaction    what it has begun, or was given before it begins
+    uses           whether it has asked for its connection
+    interruptible  whether it is in user code, so that its task may be cancelled
+    """
+
+    def __init__(self, claimed: Claimed, transaction: StepTransaction | None = None) -> None:
+        self.claimed = claimed
+        self.transaction = transaction
+        self.uses = False
+        self.interruptible = False
+
+
+class aentered:
+    """`entered` for a coroutine: what must wait is done by `aside`."""
+
+    __slots__ = ("_aside", "_context", "_entered")
+
+    def __init__(self, context: Context[Any], aside: Aside) -> None:
+        self._context = context
+        self._aside = aside
+        self._entered = entered(context)
+
+    async def __aenter__(self) -> None:
+        self._entered.__enter__()
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        context = self._context
+        context.end_connection()
+        try:
+            if error is not None and context.transaction is not None:
+                await self._aside(context.transaction.abandon, error)
+        finally:
+            self._entered.__exit__(None, None, None)
+
+
+class AsyncExecutor:
+    """Runs `async def` steps. Needs the runners for what it shares with them.
+
+    aside  awaits a function that is run in a thread
+    """
+
+    def __init__(
+        self, app: Durable, tasks: TaskRunner, machines: MachineRunner, connections: AsyncConnections, aside: Aside
+    ) -> None:
+        self._app = app
+        self._tasks = tasks
+        self._machines = machines
+        self._connections = connections
+        self._aside = aside
+
+    async def execute(self, execution: Execution) -> Commit:
+        """Run the step of a claimed row and return its outcome. Raises StepAgain, as `Executor.execute`."""
+        watched = reporting.WatchedStep(execution.claimed) if reporting.are_steps_watched() else None
+        commit: Commit | None = None
+        try:
+            commit = await self._execute(execution)
+        finally:
+            await self.discard(execution)
+            if watched is not None:
+                watched.end(commit)
+        return commit
+
+    async def _execute(self, execution: Execution) -> Commit:
+        claimed = execution.claimed
+        definition = self._app.definitions[claimed.machine, claimed.machine_version]
+        if isinstance(definition, MachineDefinition):
+            return await self._machine(execution, definition)
+        return await self._task(execution, definition)
+
+    async def _task(self, execution: Execution, task: Task[..., Any]) -> Commit:
+        claimed, app = execution.claimed, self._app
+        try:
+            state = app.codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
+            args, kwargs = arguments(state, claimed)
+        except CorruptRowError as error:
+            return failed(claimed, error)
+        if app.conf.log_payloads:
+            reporting.arguments(claimed, state)
+        context: Context[Any] = Context(claimed, app, log, None, self._begin(execution), True)
+        hooked = observed(task)
+        if hooked:
+            await self._aside(begun, task, context, args, kwargs)
+        value: Any = None
+        problem: BaseException | None = None
+        try:
+            async with aentered(context, self._connections.aside):
+                call = partial(task.function, *([context, *args] if task.options.bind else args), **kwargs)
+                seconds = task.options.soft_time_limit or app.conf.soft_time_limit
+                value = await self._user(execution, seconds, call)
+                commit = await self._committed(context, self._tasks.outcome(claimed, task, value))
+        except StepAgain:
+            raise
+        except BaseException as error:
+            commit, value, problem = self._tasks.ended_by(claimed, task, error)
+        if hooked:
+            await self._aside(ended, task, context, args, kwargs, commit.status, value, problem)
+        return commit
+
+    async def _machine(self, execution: Execution, definition: MachineDefinition) -> Commit:
+        claimed, app = execution.claimed, self._app
+        try:
+            step, data, state = self._machines.loaded(claimed, definition)
+        except (CorruptRowError, ValidationError) as error:
+            return failed(claimed, error)
+        if app.conf.log_payloads:
+            reporting.arguments(claimed, data)
+        context: Context[Any] = Context(claimed, app, log, state, self._begin(execution), True)
+        machine = definition.cls()
+        error_seen: BaseException
+        try:
+            async with aentered(context, self._connections.aside):
+                seconds = definition.options.soft_time_limit or app.conf.soft_time_limit
+                value = await self._user(execution, seconds, partial(step, machine, context))
+                outcome = partial(self._machines.outcome, claimed, definition, context, value)
+                # Limits of a next step or of children are looked up in the database.
+                looks_up = isinstance(value, Next | ScheduleChildren)
+                return await self._committed(context, await self._aside(outcome) if looks_up else outcome())
+        except StepAgain:
+            raise
+        except BaseException as error:
+            error_seen = error
+        # In a thread, since `handle` may be a plain function; if it is not, the runner gives it to the loop.
+        ended_by = self._machines.ended_by
+        commit: Commit = await self._aside(ended_by, claimed, definition, context, machine, error_seen)
+        return commit
+
+    async def discard(self, execution: Execution | None) -> None:
+        """Give back the connection of an execution that has ended, or does not take place."""
+        if execution is None or execution.transaction is None:
+            return
+        if not execution.uses:
+            await self._connections.aside(self._unused, execution.transaction)
+        self._connections.release()
+
+    @staticmethod
+    def _unused(transaction: StepTransaction) -> None:
+        with suppress(StepAgain):
+            transaction.abandon(StepAgain("the step did not ask for it"))
+
+    async def _user(
+        self, execution: Execution, seconds: float | None, call: Callable[[], Coroutine[Any, Any, Any]]
+    ) -> Any:
+        execution.interruptible = True
+        try:
+            return await (call() if seconds is None else awithin(call(), seconds))
+        finally:
+            execution.interruptible = False
+
+    async def _committed(self, context: Context[Any], commit: Commit) -> Commit:
+        if context.transaction is None:
+            return context.commit(commit)
+        committed: Commit = await self._connections.aside(context.commit, commit)
+        return committed
+
+    def _begin(self, execution: Execution) -> Callable[[Claimed, bool, Callable[[Transaction], None]], None]:
+        def begin(claimed: Claimed, _is_async: bool, keep: Callable[[Transaction], None]) -> None:
+            if execution.transaction is None:
+                execution.transaction = self._connections.begin_now(claimed)
+            execution.uses = True
+            keep(execution.transaction)
+
+        return begin
