@@ -111,9 +111,9 @@ class Wakeups:
         scheduled = {_later(new) for new in batch}
         operations = []
         if False in scheduled:
-            operations.append(self._notify(self._queue_channel, ANY_QUEUE))
+            operations.append(self._notify_inside(self._queue_channel, ANY_QUEUE))
         if True in scheduled:
-            operations.append(self._notify(self._due_channel, ""))
+            operations.append(self._notify_inside(self._due_channel, ""))
         return operations
 
     def became_ready(self, by_queue: Mapping[str, int]) -> list[Operation[Any]]:
@@ -128,7 +128,7 @@ class Wakeups:
 
     def any_queue(self) -> list[Operation[Any]]:
         """Return the constant notification that a caller's transaction carries."""
-        return [self._notify(self._queue_channel, ANY_QUEUE)] if self._enabled else []
+        return [self._notify_inside(self._queue_channel, ANY_QUEUE)] if self._enabled else []
 
     def handed_back(self, by_queue: dict[str, int]) -> list[Operation[Any]]:
         """Return the notifications for rows given back to their place in the order, behind the pickers' positions."""
@@ -169,3 +169,7 @@ class Wakeups:
     @staticmethod
     def _notify(channel: str, text: str) -> Operation[Any]:
         return single("notify", {"channel": channel, "payload": text})
+
+    @staticmethod
+    def _notify_inside(channel: str, text: str) -> Operation[Any]:
+        return single("notify_inside", {"channel": channel, "payload": text})

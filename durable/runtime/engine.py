@@ -64,8 +64,7 @@ class Engine:
         stop_asked: Callable[[], float | None],
     ) -> None:
         self._app = app
-        self._queue = queue
-        self._name = name
+        self._queue, self._name = queue, name
         self._seat = seat
         self._bell = bell
         self._stop_asked = stop_asked
@@ -90,7 +89,7 @@ class Engine:
         self._limited = LimitedPicker(self._link, queue, app.wakeups)
         self._arrivals = Arrivals(app, self._link, self._picker, name, self._held, self._release)
         self._worker = 0
-        self._more = True
+        self._more, self._took_all = True, False
         self._suspect = False
         self._alone = False
         self._reconcile = Reconcile(app.conf.reconcile_interval)
@@ -234,7 +233,9 @@ class Engine:
     # Claim
 
     def _demand(self) -> int:
-        return self._pacing.demand(buffering=not (self._suspect or self._alone or self._limited.dry))
+        # Once it has taken all there was, a look would only be in the way of the outcomes.
+        buffering = not (self._suspect or self._alone or self._limited.dry or (self._took_all and not self._more))
+        return self._pacing.demand(buffering=buffering)
 
     def _hear_of_suspect(self) -> None:
         """A row with a crash behind it waits for a process that holds nothing."""
@@ -266,15 +267,16 @@ class Engine:
             self._seat.state = IDLE
         if (due and self._claim_limited(demand)) or not self._more:
             return
-        rows = self._claimed(self._picker.claim(self._worker, demand))
-        self._more = bool(rows)
+        found = self._picker.claim(self._worker, demand)
+        rows = self._claimed(found)
+        self._more, self._took_all = len(found) >= demand, 0 < len(found) < demand
         self._buffer_rows(rows)
-        if not self._more and not due:
+        if not rows and not self._more and not due:
             self._claim_limited(demand)
 
     def _claim_limited(self, demand: int) -> bool:
         """Look for limited rows; return whether there were any."""
-        position = self._picker.position if self._more else None
+        position = self._picker.position if self._more or self._took_all else None
         slots, alone, unknown = self.buffer.free, self.slot.runs_suspects and not self._held, self._picker.unknown
         found = self._limited.claim(self._worker, demand, slots, alone, unknown, position)
         rows = self._claimed(found)
@@ -293,8 +295,7 @@ class Engine:
         if not rows:
             return rows
         self._reconcile.holding()
-        for row in rows:
-            self._held[row.id] = row.token
+        self._held |= {row.id: row.token for row in rows}
         try:
             return self._arrivals.runnable_here(self._worker, self._arrivals.with_inboxes(rows))
         except psycopg.Error:

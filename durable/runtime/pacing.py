@@ -84,4 +84,6 @@ class Pacing:
             return False
         if waiting >= self._conf.flush_batch or self._buffer.slot_waits or self._outbox.slot_waits:
             return True
+        if not self._slot.running and not len(self._buffer):
+            return True  # it has just run its last, and is about to wait
         return time.monotonic() - self._outbox.oldest_at >= self._conf.flush_delay

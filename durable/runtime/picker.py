@@ -85,10 +85,11 @@ class Picker:
         return self._link.run(claims.claim(worker, self.queue, limit, position, to_priority, self.unknown))
 
     def _remember(self, rows: list[Claimed]) -> None:
-        for row in rows:
-            position = row.eligible_at - TRAIL
-            if position > self._positions.get(row.priority, _HEAD):
-                self._positions[row.priority] = position
+        # Of each priority the last is the latest: rows come in pick order.
+        for priority, latest in {row.priority: row.eligible_at for row in rows}.items():
+            position = latest - TRAIL
+            if position > self._positions.get(priority, _HEAD):
+                self._positions[priority] = position
 
     def claim_suspect(self, worker: int) -> list[Claimed]:
         """Claim one row with a crash behind it. Raises as `claim`."""

@@ -69,9 +69,9 @@ class Slot:
             enter(claimed, started)
             self.running = True
             commit = step(claimed)
+            self.running = False
             if commit is not None:
                 outbox.hand_over(commit)
-            self.running = False
             seat.leave()
             took = clock() - started
             mean = self.mean_step

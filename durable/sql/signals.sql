@@ -48,6 +48,33 @@ JOIN live ON live.id = input.target_id
 LEFT JOIN stored ON stored.target_id = input.target_id AND stored.dedup_key = input.dedup_key
 LEFT JOIN touched ON touched.id = input.target_id;
 
+-- name: deliver_one
+-- `deliver` for one signal, planned once: see finished_one.
+-- Params: target bigint (id), name text, dedup_key text, payload_type text, payload bytea, trace text.
+-- Rows:   n (1), stored, queue, woken, as deliver.
+WITH live AS MATERIALIZED (
+    SELECT i.id FROM {schema}.instances AS i
+    WHERE i.id = %(target)s::bigint AND i.finished_at IS NULL FOR NO KEY UPDATE
+), stored AS (
+    INSERT INTO {schema}.signals (target_id, name, dedup_key, payload_type, payload, trace)
+    SELECT live.id, %(name)s::text, %(dedup_key)s::text, %(payload_type)s::text, %(payload)s::bytea, %(trace)s::text
+    FROM live
+    ON CONFLICT (target_id, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
+    RETURNING target_id, name
+), touched AS (
+    UPDATE {schema}.instances AS i
+    SET inbox = true,
+        status = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN 'runnable' ELSE i.status
+                 END::{schema}.status,
+        eligible_at = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN clock_timestamp()
+                           ELSE i.eligible_at END,
+        deadline = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN NULL ELSE i.deadline END
+    FROM stored AS s WHERE i.id = s.target_id
+    RETURNING i.queue, i.status = 'runnable' AS woken
+)
+SELECT 1, stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
+FROM live LEFT JOIN stored ON true LEFT JOIN touched ON true;
+
 -- name: occupants
 -- Who occupies correlation keys. Params: keys text[]. Rows: correlation_key, id.
 SELECT correlation_key, id FROM {schema}.instances

@@ -43,23 +43,23 @@ class Array:
 
 
 class _Fixed(Array):
-    """Elements of one fixed size."""
+    """Elements of one fixed size; `pack` writes it and the value."""
 
     pack: ClassVar[Callable[..., bytes]]
-    size: ClassVar[bytes]
+    size: ClassVar[int]
 
     __slots__ = ()
 
     def elements(self) -> bytes:
         pack, size = type(self).pack, self.size
-        return b"".join([_NULL if value is None else size + pack(value) for value in self.values])
+        return b"".join([_NULL if value is None else pack(size, value) for value in self.values])
 
 
 class Int8Array(_Fixed):
     """bigint[]"""
 
     oid, element_oid = 1016, 20
-    pack, size = struct.Struct(">q").pack, _length(8)
+    pack, size = struct.Struct(">iq").pack, 8
     __slots__ = ()
 
 
@@ -67,7 +67,7 @@ class Int4Array(_Fixed):
     """integer[]"""
 
     oid, element_oid = 1007, 23
-    pack, size = struct.Struct(">i").pack, _length(4)
+    pack, size = struct.Struct(">ii").pack, 4
     __slots__ = ()
 
 
@@ -75,7 +75,7 @@ class Float8Array(_Fixed):
     """double precision[]"""
 
     oid, element_oid = 1022, 701
-    pack, size = struct.Struct(">d").pack, _length(8)
+    pack, size = struct.Struct(">id").pack, 8
     __slots__ = ()
 
 
@@ -104,6 +104,15 @@ class ByteaArray(Array):
         return b"".join([_NULL if value is None else _length(len(value)) + value for value in self.values])
 
 
+class _Texts(dict[str | None, bytes]):
+    """Texts with their lengths, each made once: most columns of a batch hold one value many times."""
+
+    def __missing__(self, value: str) -> bytes:
+        encoded = value.encode()
+        made = self[value] = _length(len(encoded)) + encoded
+        return made
+
+
 class TextArray(Array):
     """text[]"""
 
@@ -111,9 +120,7 @@ class TextArray(Array):
     __slots__ = ()
 
     def elements(self) -> bytes:
-        return b"".join(
-            [_NULL if value is None else _length(len(encoded := value.encode())) + encoded for value in self.values]
-        )
+        return b"".join(map(_Texts({None: _NULL}).__getitem__, self.values))
 
 
 def _dumper(array: type[Array]) -> type[adapt.Dumper]:

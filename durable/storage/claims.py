@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import starmap
+from operator import attrgetter
 from typing import NamedTuple
 
 import psycopg
@@ -26,6 +28,9 @@ from durable.storage.arrays import ByteaArray, Float8Array, Int4Array, Int8Array
 from durable.storage.instances import end, insert_many, lock_parents, lower_barriers
 from durable.storage.lanes import Freed, free
 from durable.storage.session import Connection, Operation, run, run_atomically
+
+_IN_PICK_ORDER = attrgetter("priority", "eligible_at", "id")
+_BY_ID = attrgetter("claimed.id")
 
 
 class Limits(NamedTuple):
@@ -130,12 +135,7 @@ class Flushed:
 
 
 def claim(
-    worker: int,
-    queue: str,
-    limit: int,
-    position: tuple[int, datetime],
-    to_priority: int,
-    unknown: Sequence[str],
+    worker: int, queue: str, limit: int, position: tuple[int, datetime], to_priority: int, unknown: Sequence[str]
 ) -> Operation[list[Claimed]]:
     """Claim at most `limit` rows from `position` on, best first; none when the worker's lease is not live."""
     rows = yield (
@@ -150,9 +150,7 @@ def claim(
             "unknown": TextArray(unknown),
         },
     )
-    claimed = [Claimed(*row) for row in rows]
-    claimed.sort(key=lambda row: (row.priority, row.eligible_at, row.id))
-    return claimed
+    return sorted(starmap(Claimed, rows), key=_IN_PICK_ORDER)
 
 
 def claim_suspect(worker: int, queue: str, unknown: Sequence[str]) -> Operation[list[Claimed]]:
@@ -216,7 +214,11 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
         and commit.claimed.concurrency_key is None
         for commit in batch
     )
-    return (run if plain else run_atomically)(connection, sql, _flush(worker, batch))
+    if not plain:
+        return run_atomically(connection, sql, _flush(worker, batch))
+    flushed = Flushed()
+    run(connection, sql, _finish(worker, sorted(batch, key=_BY_ID), flushed, []))
+    return flushed
 
 
 def hold(worker: int, claimed: Claimed) -> Operation[str]:
@@ -225,15 +227,8 @@ def hold(worker: int, claimed: Claimed) -> Operation[str]:
     Returns "owned", "cancelled" (owned, and its cancel was asked for), or "lost" (the claim or the row is gone).
     """
     family = {claimed.id, claimed.reports_to or claimed.id}
-    rows = yield (
-        "hold",
-        {
-            "ids": Int8Array(sorted(family)),
-            "worker": worker,
-            "token": claimed.token,
-            "version": claimed.version,
-        },
-    )
+    fence = {"worker": worker, "token": claimed.token, "version": claimed.version}
+    rows = yield "hold", {"ids": Int8Array(sorted(family)), **fence}
     for instance_id, owned, cancel_requested in rows:
         if instance_id == claimed.id and owned:
             return "cancelled" if cancel_requested else "owned"
@@ -246,7 +241,7 @@ def flush_one(worker: int, commit: Commit) -> Operation[Flushed]:
 
 
 def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
-    batch = sorted(batch, key=lambda commit: commit.claimed.id)
+    batch = sorted(batch, key=_BY_ID)
     flushed = Flushed()
     parents = {commit.claimed.reports_to for commit in batch if commit.claimed.reports_to is not None}
     ending = [commit for commit in batch if not commit.keeps_row]
@@ -266,13 +261,14 @@ def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
 
 
 def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list[Freed]) -> Operation[None]:
+    claims = [commit.claimed for commit in ending]
     rows = yield (
         "finish",
         {
             "worker": worker,
-            "ids": Int8Array([commit.claimed.id for commit in ending]),
-            "tokens": Int4Array([commit.claimed.token for commit in ending]),
-            "versions": Int4Array([commit.claimed.version for commit in ending]),
+            "ids": Int8Array([claimed.id for claimed in claims]),
+            "tokens": Int4Array([claimed.token for claimed in claims]),
+            "versions": Int4Array([claimed.version for claimed in claims]),
             "statuses": TextArray([commit.status for commit in ending]),
             "result_types": TextArray([commit.result and commit.result.type for commit in ending]),
             "results": ByteaArray([commit.result and commit.result.body for commit in ending]),
@@ -281,7 +277,7 @@ def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list
     )
     gone = {row[0] for row in rows}
     flushed.committed |= gone
-    ended = [commit.claimed for commit in ending if commit.claimed.id in gone]
+    ended = [claimed for claimed in claims if claimed.id in gone]
     freed += [(row.concurrency_key, row.gate_shard) for row in ended if row.concurrency_key is not None]
     flushed.ready.update(
         (yield from lower_barriers(Counter(row.reports_to for row in ended if row.reports_to is not None)))

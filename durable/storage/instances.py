@@ -151,13 +151,16 @@ def rival(instance_id: int) -> Operation[tuple[str, int | None]]:
 
 def snapshot(instance_id: int) -> Operation[Snapshot | None]:
     """Return where an instance stands, or None if there is none of that id."""
-    rows = yield "snapshot", {"ids": Int8Array([instance_id])}
+    rows = yield "snapshot", {"id": instance_id}
     return Snapshot(*rows[0]) if rows else None
 
 
 def finished(ids: Sequence[int]) -> Operation[list[Snapshot]]:
     """Return those of `ids` that are finished."""
-    rows = yield "finished", {"ids": Int8Array(ids)}
+    if len(ids) == 1:
+        rows = yield "finished_one", {"id": ids[0]}
+    else:
+        rows = yield "finished", {"ids": Int8Array(ids)}
     return [Snapshot(*row) for row in rows]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from durable.instance import NewSignal, StoredSignal
 from durable.storage.arrays import ByteaArray, Int8Array, TextArray
@@ -60,17 +61,11 @@ def _deliver(batch: Sequence[NewSignal], found: dict[int | str, int], which: Seq
     delivery = Delivery([None] * len(batch))
     if not addressed:
         return delivery
-    rows = yield (
-        "deliver",
-        {
-            "targets": Int8Array([targets[n] for n in addressed]),
-            "names": TextArray([batch[n].name for n in addressed]),
-            "dedup_keys": TextArray([batch[n].dedup_key for n in addressed]),
-            "payload_types": TextArray([batch[n].payload.type for n in addressed]),
-            "payloads": ByteaArray([batch[n].payload.body for n in addressed]),
-            "traces": TextArray([batch[n].trace for n in addressed]),
-        },
-    )
+    chosen = [batch[n] for n in addressed]
+    if len(addressed) == 1:
+        rows = yield "deliver_one", _scalars(targets[addressed[0]], *chosen)
+    else:
+        rows = yield "deliver", _columns([targets[n] for n in addressed], chosen)
     seen: set[tuple[int | str, str]] = set()
     woken: dict[int | str, str] = {}
     for n, stored, queue, was_woken in sorted(rows):
@@ -85,6 +80,28 @@ def _deliver(batch: Sequence[NewSignal], found: dict[int | str, int], which: Seq
             woken[targets[index]] = queue
     delivery.ready.update(woken.values())
     return delivery
+
+
+def _scalars(target: int | str, signal: NewSignal) -> dict[str, Any]:
+    return {
+        "target": target,
+        "name": signal.name,
+        "dedup_key": signal.dedup_key,
+        "payload_type": signal.payload.type,
+        "payload": signal.payload.body,
+        "trace": signal.trace,
+    }
+
+
+def _columns(targets: Sequence[int | str], batch: Sequence[NewSignal]) -> dict[str, Any]:
+    return {
+        "targets": Int8Array(targets),
+        "names": TextArray([signal.name for signal in batch]),
+        "dedup_keys": TextArray([signal.dedup_key for signal in batch]),
+        "payload_types": TextArray([signal.payload.type for signal in batch]),
+        "payloads": ByteaArray([signal.payload.body for signal in batch]),
+        "traces": TextArray([signal.trace for signal in batch]),
+    }
 
 
 def inbox(ids: Sequence[int]) -> Operation[dict[int, list[StoredSignal]]]:

@@ -24,6 +24,6 @@ def test_it_reaches_the_next_occupant(rows: Rows) -> None:
 
 def test_it_reaches_nobody_when_there_is_no_next_one(rows: Rows) -> None:
     (first,) = rows.insert(correlation_key="k")
-    held = Held(rows.other(), signals.deliver([to_key("k")])).until("deliver")
+    held = Held(rows.other(), signals.deliver([to_key("k")])).until("deliver_one")
     assert rows.cancel(first)
     assert held.commit().stored == [None]

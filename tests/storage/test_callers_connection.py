@@ -159,3 +159,10 @@ def test_a_closed_app_can_be_used_again(app: Durable, task: Task[..., Any]) -> N
     app.close()
     app.close()
     assert task.delay().status == "runnable"
+
+
+def test_a_callers_commit_waits_for_the_disk(app: Durable, task: Task[..., Any], theirs: Connection) -> None:
+    """Our own notifications do not wait for it; those that a transaction carries must not change that of it."""
+    task.apply_async(connection=theirs)
+    task.apply_async(connection=theirs, countdown=60)
+    assert theirs.execute("SHOW synchronous_commit").fetchone() == ("on",)

@@ -98,6 +98,7 @@ HOT: list[tuple[Operation[Any] | tuple[str, dict[str, Any]], set[str]]] = [
     (claims.held(1), {"instances_claimed"}),
     (instances.lower_barriers({1: 2}), {"instances_pkey"}),
     (signals.deliver([NewSignal(1, "paid", DONE)]), {"instances_pkey"}),
+    (signals.deliver([NewSignal(1, "paid", DONE)] * 2), {"instances_pkey"}),
     (maintenance.time_out(1000), {"instances_deadline", "Tid Scan"}),
     (claims.release(1, PAIRS), {"instances_pkey"}),
     (statement(claims.release(1, PAIRS), 1), {"instances_pkey"}),
@@ -217,6 +218,8 @@ def test_a_hot_statement_reaches_rows_by_its_index_only(
 PRODUCER: list[tuple[tuple[str, dict[str, Any]], set[str]]] = [
     (statement(instances.snapshot(1)), {"instances_pkey"}),
     (statement(instances.finished(IDS)), {"instances_pkey"}),
+    (statement(instances.finished(IDS[:1])), {"instances_pkey"}),
+    (statement(signals.deliver([NewSignal(1, "paid", DONE)])), {"instances_pkey"}),
     (statement(instances.occupant("k")), {"instances_key"}),
     (statement(instances.cancel(1, "x")), {"instances_pkey", "instances_children"}),
 ]

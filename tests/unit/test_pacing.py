@@ -43,3 +43,11 @@ def test_nothing_is_waited_for_while_the_slot_makes_nothing(waits_for: str) -> N
     else:
         outbox.slot_waits = True
     assert policy.flush_is_due()
+
+
+def test_the_last_outcome_goes_before_the_slot_says_that_it_waits() -> None:
+    policy, buffer, _ = pacing(1, flush_batch=10, flush_delay=HOUR)
+    policy._slot.running = False
+    assert policy.flush_is_due()
+    buffer.put([object()])  # type: ignore[list-item]
+    assert not policy.flush_is_due(), "it makes more"
