@@ -33,7 +33,8 @@ COPY_MOST = 10_000
 _NAME = re.compile(r"history_(\d{8})")
 
 
-def _days(connection: Connection, statements: Statements) -> set[date]:
+def days(connection: Connection, statements: Statements) -> set[date]:
+    """Return the days (UTC) that have a partition."""
     parent = sql.Identifier(statements.schema, "history").as_string(connection)
     names = [row[0] for row in execute(connection, statements, "partitions", {"parent": parent})]
     return {datetime.strptime(match[1], "%Y%m%d").date() for name in names if (match := _NAME.fullmatch(name))}
@@ -46,7 +47,7 @@ def ensure(connection: Connection, statements: Statements, ahead_days: int = AHE
     """
     today = run(connection, statements, maintenance.now()).astimezone(UTC).date()
     wanted = {today + timedelta(days=offset) for offset in range(-1, ahead_days + 1)}
-    missing = sorted(wanted - _days(connection, statements))
+    missing = sorted(wanted - days(connection, statements))
     made = 0
     for day in missing:
         made += _locked(connection, statements, lambda day=day: _create(connection, statements, day))  # type: ignore[misc]
@@ -61,7 +62,7 @@ def drop_before(connection: Connection, statements: Statements, retention: float
     """
     now = run(connection, statements, maintenance.now()).astimezone(UTC)
     dropped: list[str] = []
-    for day in sorted(_days(connection, statements)):
+    for day in sorted(days(connection, statements)):
         begins = datetime(day.year, day.month, day.day, tzinfo=UTC)
         ends = begins + timedelta(days=1)
         if ends + timedelta(seconds=retention) > now:
