@@ -4,7 +4,8 @@ There is no default partition: a row for a day without one is refused (23514), a
 partition and repeats. A partition is made as a stand-alone table and attached, since `CREATE ... PARTITION OF` takes
 ACCESS EXCLUSIVE on the parent. A partition past retention is dropped, unless a live parent may still ask for children
 in it: then it is thinned out to those, where they are, so that every look at the history finds them as before. All of
-it runs with a short lock_timeout: a waiting DDL statement would block every flush behind it.
+it runs with a short lock_timeout: a waiting DDL statement would block every flush behind it. The DDL itself is in
+functions of migration 10, which run as the schema's owner: a worker's role may do no more than call them.
 """
 
 from __future__ import annotations
@@ -102,34 +103,13 @@ def _table(day: date) -> str:
 
 
 def _create(connection: Connection, statements: Statements, day: date) -> None:
-    parent, child = sql.Identifier(statements.schema, "history"), sql.Identifier(statements.schema, _table(day))
-    start, end = (f"{when.isoformat()} 00:00:00+00" for when in (day, day + timedelta(days=1)))
-    connection.execute(
-        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING COMMENTS, CHECK (finished_at >= {} AND finished_at < {}))").format(
-            child, parent, sql.Literal(start), sql.Literal(end)
-        )
-    )
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
-            parent, child, sql.Literal(start), sql.Literal(end)
-        )
-    )
+    execute(connection, statements, "make_partition", {"day": day})
 
 
 def _drop(connection: Connection, statements: Statements, day: date) -> None:
-    connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(statements.schema, _table(day))))
+    execute(connection, statements, "drop_partition", {"day": day})
 
 
 def _thin(connection: Connection, statements: Statements, day: date, wanted: Sequence[int]) -> None:
-    """Leave only the wanted rows in a partition. Takes no lock on its parent: commits go on."""
-    table, copy = (sql.Identifier(statements.schema, name) for name in (_table(day), "history_wanted"))
-    # Before they are copied: a row that is retried moves back to the live table, and must not come back here.
-    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
-    connection.execute(
-        sql.SQL("CREATE UNLOGGED TABLE {} AS SELECT * FROM {} WHERE id = ANY (%s)").format(copy, table),
-        [Int8Array(wanted)],
-    )
-    connection.execute(sql.SQL("TRUNCATE {}").format(table))
-    connection.execute(sql.SQL("INSERT INTO {} SELECT * FROM {}").format(table, copy))
-    connection.execute(sql.SQL("DROP TABLE {}").format(copy))
+    execute(connection, statements, "thin_partition", {"day": day, "wanted": Int8Array(wanted)})
     log.info("%s keeps %d children of live parents", _table(day), len(wanted))
