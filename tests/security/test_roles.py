@@ -164,7 +164,7 @@ DDL = {
     "alter": "ALTER TABLE {schema}.instances ADD COLUMN mine int",
     "drop": "DROP TABLE {schema}.instances CASCADE",
     "drop the schema": "DROP SCHEMA {schema} CASCADE",
-    "trigger": "CREATE TRIGGER t AFTER INSERT ON {schema}.instances EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    "rule": "CREATE RULE mine AS ON INSERT TO {schema}.instances DO INSTEAD NOTHING",
     "grant": "GRANT ALL ON {schema}.migrations TO PUBLIC",
     "forge a migration": "INSERT INTO {schema}.migrations VALUES (99, 'x', 'x', true)",
 }
