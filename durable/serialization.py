@@ -58,7 +58,8 @@ class Codec:
         registry = kombu_serialization.registry
         for name in (serializer, *accept_content):
             if name not in registry.name_to_type:
-                raise ConfigError(f"unknown serializer {name!r}{near(name, registry.name_to_type)}")
+                where = "serializer" if name == serializer else "accept_content"
+                raise ConfigError(f"{where}: unknown serializer {name!r}{near(name, registry.name_to_type)}")
         if serializer not in set(accept_content):
             raise ConfigError(f"serializer {serializer!r} is not in accept_content: workers would refuse its payloads")
         if compression is not None:
