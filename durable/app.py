@@ -30,6 +30,7 @@ from durable.machine import Machine, MachineDefinition, definition_of
 from durable.messages import accepted, new_signal, new_signals
 from durable.registry import Definition, Registry
 from durable.result import AsyncResult, Watcher
+from durable.sealing import Sealer
 from durable.serialization import Codec
 from durable.signatures import Signature
 from durable.sql import Statements
@@ -300,7 +301,8 @@ class Durable(Registry, QueueControl):
     def codec(self) -> Codec:
         """The payload codec, made from the settings when first needed."""
         conf = self.conf
-        return Codec(conf.serializer, conf.accept_content, conf.compression, conf.max_payload_bytes)
+        sealer = Sealer.of(conf.payload_keys, conf.payload_encryption, conf.accept_unsigned)
+        return Codec(conf.serializer, conf.accept_content, conf.compression, conf.max_payload_bytes, sealer)
 
     def dsn(self) -> str:
         """Return the DSN; an embedded server is started or joined, and its schema made, when there is none."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from durable.errors import ConfigError
+from durable.sealing import parse_keys
 from durable.validation import near, shown
 
 Check = Callable[[str, Any], Any]
@@ -106,8 +107,17 @@ def _day(name: str, value: Any) -> str:
     return "day"
 
 
-def _setting(default: Any, check: Check, doc: str) -> Any:
-    return field(default=default, metadata={"check": check, "doc": doc})
+def _keys(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [entry.strip() for entry in value.split(",") if entry.strip()]
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{name} must be a list of NAME:SECRET")  # whatever it is, it may be a secret
+    parse_keys(name, value)
+    return tuple(value)
+
+
+def _setting(default: Any, check: Check, doc: str, *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"check": check, "doc": doc})
 
 
 @dataclass
@@ -157,6 +167,13 @@ class Config:
     accept_content: tuple[str, ...] = _setting(("json", "msgpack"), _words, "serializers whose payloads are loaded")
     serializer: str = _setting("json", _word, "serializer of payloads, unless a task says otherwise")
     compression: str | None = _setting(None, _word_or_none, "kombu compression of payloads from 1 KiB on")
+    payload_keys: tuple[str, ...] = _setting(
+        (), _keys, "`name:secret` keys that sign payloads; the first one writes, all read", secret=True
+    )
+    payload_encryption: bool = _setting(False, _flag, "whether payloads are encrypted, too; extra `encryption`")
+    accept_unsigned: bool = _setting(
+        False, _flag, "whether unsigned payloads are loaded although there are payload_keys"
+    )
     reaper: bool = _setting(True, _flag, "whether agents and beats of this app reap dead workers")
     gc: bool = _setting(True, _flag, "whether agents and beats of this app collect garbage")
     step_connections: int | None = _setting(
@@ -166,7 +183,7 @@ class Config:
     connect_timeout: float = _setting(10.0, _seconds, "seconds a producer waits for a connection")
     pooler: bool = _setting(False, _flag, "whether the DSN leads through a transaction pooler such as PgBouncer")
     listen_dsn: str | None = _setting(
-        None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling"
+        None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling", secret=True
     )
     log_payloads: bool = _setting(False, _flag, "whether workers log the arguments of each step, at level debug")
     notify: bool = _setting(True, _flag, "whether commits wake workers by NOTIFY; polling finds all work without it")
@@ -205,6 +222,8 @@ class Config:
         soft, hard = self.soft_time_limit, self.time_limit
         if soft is not None and hard is not None and soft >= hard:
             raise ConfigError(f"soft_time_limit ({soft:g} s) must be shorter than time_limit ({hard:g} s)")
+        if self.payload_encryption and not self.payload_keys:
+            raise ConfigError("payload_encryption needs a key in payload_keys")
         if self.lease_ttl <= 2 * self.heartbeat_interval:
             raise ConfigError(
                 f"lease_ttl ({self.lease_ttl:g} s) must be more than twice heartbeat_interval "

@@ -22,6 +22,7 @@ __all__ = [
     "NotFoundError",
     "OutcomeError",
     "PayloadError",
+    "PayloadSignatureError",
     "PayloadTooLargeError",
     "ResultTimeout",
     "SchemaError",
@@ -90,6 +91,10 @@ class OutcomeError(DurableError):
 
 class CorruptRowError(DurableError):
     """A row in the database can't be read: edited by hand, or written by a serializer this app does not accept."""
+
+
+class PayloadSignatureError(CorruptRowError):
+    """A payload was not written by anybody with a key of this app: unsigned, changed, or of a key it does not hold."""
 
 
 class ConnectionUsageError(DurableError):

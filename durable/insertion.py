@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 
 from durable import limits, validation
@@ -31,6 +31,9 @@ class InsertOptions:
     concurrency_key: str | None = None
     rate_limit: str | tuple[str, str] | None = None
     weight: int | None = None
+
+
+OPTION_NAMES = frozenset(own.name for own in fields(InsertOptions))
 
 
 def apply_options(new: NewInstance, options: InsertOptions) -> None:

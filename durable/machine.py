@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar, overload
 
 from durable import validation
 from durable.errors import DefinitionError, ValidationError
-from durable.insertion import InsertOptions, apply_options
+from durable.insertion import OPTION_NAMES, InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
 from durable.outcomes import Stop
 from durable.result import AsyncResult
@@ -148,6 +148,11 @@ class MachineDefinition:
             queue=self.options.queue,
             priority=self.options.priority,
         )
+        unknown = sorted(set(options) - OPTION_NAMES)
+        if unknown:
+            raise TypeError(
+                f"{self.name}: there is no option {unknown[0]!r}{validation.near(unknown[0], OPTION_NAMES)}"
+            )
         apply_options(new, InsertOptions(**options))
         return new
 

@@ -19,6 +19,7 @@ from kombu.utils import json as kombu_json
 
 from durable.errors import ConfigError, CorruptRowError, PayloadError, PayloadTooLargeError
 from durable.instance import Payload
+from durable.sealing import Sealer
 from durable.validation import near, shown
 
 _MARK = frozenset({"__type__", "__value__"})
@@ -52,11 +53,13 @@ class Codec:
         accept_content: Iterable[str] = ("json", "msgpack"),
         compression: str | None = None,
         max_bytes: int = 1024 * 1024,
+        sealer: Sealer | None = None,
     ) -> None:
         registry = kombu_serialization.registry
         for name in (serializer, *accept_content):
             if name not in registry.name_to_type:
-                raise ConfigError(f"unknown serializer {name!r}{near(name, registry.name_to_type)}")
+                where = "serializer" if name == serializer else "accept_content"
+                raise ConfigError(f"{where}: unknown serializer {name!r}{near(name, registry.name_to_type)}")
         if serializer not in set(accept_content):
             raise ConfigError(f"serializer {serializer!r} is not in accept_content: workers would refuse its payloads")
         if compression is not None:
@@ -68,6 +71,7 @@ class Codec:
         self.accept = frozenset(accept_content)
         self.compression = compression
         self.max_bytes = max_bytes
+        self._sealer = sealer or Sealer({})
         self._loaders = {name: registry.name_to_type[name] for name in self.accept}
 
     def encode(self, value: Any, what: str = "payload", serializer: str | None = None) -> Payload:
@@ -101,14 +105,16 @@ class Codec:
             )
         if self.compression is not None and len(data) >= COMPRESS_FROM:
             packed, _ = kombu_compression.compress(data, self.compression)
-            return Payload(f"{name}+{self.compression}", packed)
-        return Payload(name, data)
+            return self._sealer.seal(Payload(f"{name}+{self.compression}", packed))
+        return self._sealer.seal(Payload(name, data))
 
     def decode(self, type_name: str, body: bytes, what: str = "payload") -> Any:
         """Return the value of a payload.
 
-        Raises CorruptRowError when its type is not accepted (it is then not loaded at all) or its bytes are not of it.
+        Raises CorruptRowError when its type is not accepted (it is then not loaded at all) or its bytes are not of it,
+        PayloadSignatureError when nobody with a key of this app wrote it.
         """
+        type_name, body = self._sealer.open(type_name, body, what)
         name, _, packing = type_name.partition("+")
         content_type = self._loaders.get(name)
         if content_type is None:

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import click
 
 from durable import Durable
-from durable.storage import migrations
+from durable.storage import grants, migrations
 from durable.storage.session import Connection, run_atomically
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import print_json, print_table, say
 from durable_cli.session import Session, connected, database_options
+from durable_cli.values import GRANT
 
 
 @click.command()
 @click.option("--status", is_flag=True, help="Show applied and pending migrations; exit 1 if any is pending.")
 @click.option("--sql", is_flag=True, help="Print the SQL of the whole schema; connects to nothing.")
+@click.option(
+    "--grant", "granted", type=GRANT, multiple=True, metavar="KIND=ROLE",
+    help="Then let a database role do what a producer, a worker or an admin must; may be given several times.",
+)  # fmt: skip
 @database_options
 @click.pass_context
-def migrate(ctx: click.Context, status: bool, sql: bool) -> None:
-    """Create or upgrade the schema. Any number may run at once; workers may go on meanwhile."""
+def migrate(ctx: click.Context, status: bool, sql: bool, granted: tuple[tuple[str, str], ...]) -> None:
+    """Create or upgrade the schema. Any number may run at once; workers may go on meanwhile.
+
+    --grant producer=ROLE lets a role insert, signal and read results; worker=ROLE also claim, commit, beat; admin=ROLE
+    owns the schema from then on, and so may migrate. To be given again after an upgrade.
+    """
     session: Session = ctx.obj
-    if status and sql:
-        raise CommandError("give --status or --sql, not both", USAGE)
+    if status and (sql or granted):
+        raise CommandError("give --status alone", USAGE)
+    if sql and any(kind == "admin" for kind, _ in granted):
+        raise CommandError("--sql can't tell what an admin is to own: it connects to nothing", USAGE)
     app = session.database()
     if sql:
-        _print_script(session, app)
+        _print_script(session, app, granted)
         return
     # Not app.dsn(), which makes the schema of an embedded server by itself.
     with connected(app, app.database.dsn(), schema_needed=False) as connection:
@@ -32,16 +45,22 @@ def migrate(ctx: click.Context, status: bool, sql: bool) -> None:
             ctx.exit(_print_status(session, app, connection))
         applied = [f"{migration.id:04}_{migration.name}" for migration in migrations.migrate(connection, app.schema)]
         run_atomically(connection, app.sql, app.limit_rows.declare())
+        if granted:
+            grants.grant(connection, app.schema, granted)
     if session.as_json:
-        print_json({"schema": app.schema, "applied": applied})
+        print_json({"schema": app.schema, "applied": applied, "granted": [list(pair) for pair in granted]})
     else:
         for name in applied:
             say(f"applied {name}")
+        for kind, role in granted:
+            say(f"granted {kind} to {role}")
         say(f"schema {app.schema!r} is up to date")
 
 
-def _print_script(session: Session, app: Durable) -> None:
-    script = migrations.script(app.schema)
+def _print_script(session: Session, app: Durable, granted: Iterable[tuple[str, str]]) -> None:
+    script = "\n".join(
+        [migrations.script(app.schema), *(grants.script(app.schema, kind, role) for kind, role in granted)]
+    )
     if session.as_json:
         print_json({"schema": app.schema, "sql": script})
     else:

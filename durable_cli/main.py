@@ -18,8 +18,10 @@ from click.shell_completion import get_completion_class
 from durable import __version__
 from durable_cli import (
     cancelling,
+    checking,
     cluster,
     database,
+    doctor,
     health,
     inspecting,
     instances,
@@ -132,7 +134,8 @@ for _command in (
     instances.call, instances.signal, instances.result, instances.show, instances.list_, cancelling.cancel,
     retrying.retry, instances.purge,
     cluster.status, cluster.queues, cluster.workers, steering.pause, steering.resume, inspecting.inspect,
-    limits.limits, schedules.schedules, health.healthcheck, completion,
+    limits.limits, schedules.schedules, health.healthcheck, doctor.doctor, checking.check,
+    completion,
 ):  # fmt: skip
     cli.add_command(_command)
 cluster.queues.add_command(steering.set_queue)

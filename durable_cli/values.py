@@ -14,6 +14,7 @@ import click
 
 from durable import validation
 from durable.errors import ValidationError
+from durable.storage.grants import KINDS
 from durable_cli.exits import USAGE, CommandError
 
 T = TypeVar("T")
@@ -173,6 +174,13 @@ def lines_of_stdin(check: Callable[[str], T]) -> list[T]:
     return found
 
 
+def _grant(text: str) -> tuple[str, str]:
+    kind, separator, role = text.partition("=")
+    if not separator or kind not in KINDS:
+        raise ValueError(f"{validation.shown(text)} must be one of {', '.join(f'{kind}=ROLE' for kind in KINDS)}")
+    return kind, validation.text(role, "a role's name", 63)
+
+
 INSTANCE = Checked("id", instance_id)
 TARGET = Checked("id or key", target)
 QUEUE = Checked("queue", validation.queue)
@@ -185,6 +193,7 @@ SECONDS_OR_MOMENT = Checked("seconds or time", _seconds_or_moment)
 JSON_ARRAY = Checked("json", _json(list, "a JSON array like '[1, \"two\"]'"))
 JSON_OBJECT = Checked("json", _json(dict, "a JSON object like '{\"n\": 1}'"))
 JSON = Checked("json", _json(object, "JSON"))
+GRANT = Checked("grant", _grant)
 SIGNAL = Checked("name", _name)
 DEDUP_KEY = Checked("key", _dedup_key)
 BYTES = Checked("size", _bytes)

@@ -108,7 +108,7 @@ class AsyncExecutor:
         claimed, app = execution.claimed, self._app
         try:
             state = app.codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
-            args, kwargs = arguments(state, claimed)
+            args, kwargs = arguments(state, f"state of instance {claimed.id}")
         except CorruptRowError as error:
             return failed(claimed, error)
         if app.conf.log_payloads:

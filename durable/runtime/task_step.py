@@ -47,7 +47,7 @@ class TaskRunner:
         """Run the step of a claimed row and return its outcome."""
         try:
             state = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
-            args, kwargs = arguments(state, claimed)
+            args, kwargs = arguments(state, f"state of instance {claimed.id}")
         except CorruptRowError as error:
             return failed(claimed, error)
         if self._app.conf.log_payloads:
@@ -139,10 +139,11 @@ class TaskRunner:
         return Commit(claimed, status, error=error_json(error), attempt=claimed.attempt + 1, delay=delay)
 
 
-def arguments(state: Any, claimed: Claimed) -> tuple[list[Any], dict[str, Any]]:
+def arguments(state: Any, what: str) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments that a task's state holds. Raises CorruptRowError, which calls the state `what`."""
     if not isinstance(state, dict):
-        raise CorruptRowError(f"state of instance {claimed.id} is {type(state).__name__}, not a mapping")
+        raise CorruptRowError(f"{what} is {type(state).__name__}, not a mapping")
     args, kwargs = state.get("args", []), state.get("kwargs", {})
     if not isinstance(args, list) or not isinstance(kwargs, dict):
-        raise CorruptRowError(f"state of instance {claimed.id} has no list of args or no mapping of kwargs")
+        raise CorruptRowError(f"{what} has no list of args or no mapping of kwargs")
     return args, kwargs

@@ -130,3 +130,15 @@ SELECT clock_timestamp();
 -- The history's partitions. Params: parent text. Rows: table name.
 SELECT c.relname FROM pg_inherits AS h JOIN pg_class AS c ON c.oid = h.inhrelid
 WHERE h.inhparent = %(parent)s::regclass ORDER BY c.relname;
+
+-- name: make_partition
+-- Make and attach a day's partition of the history. Params: day date.
+SELECT {schema}.make_partition(%(day)s);
+
+-- name: drop_partition
+-- Drop a day's partition with every row in it. Params: day date.
+SELECT {schema}.drop_partition(%(day)s);
+
+-- name: thin_partition
+-- Leave only the wanted rows in a day's partition. Params: day date, wanted bigint[] (ids).
+SELECT {schema}.thin_partition(%(day)s, %(wanted)s::bigint[]);

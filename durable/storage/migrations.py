@@ -113,7 +113,7 @@ def migrate(connection: Connection, schema: str) -> list[Migration]:
                     "the code and the database are of different builds"
                 )
         missing = [migration for migration in known() if migration.id not in have]
-        if missing:
+        if not have:  # an admin's role need not be allowed to create schemas
             connection.execute(statements.render(_HEAD).encode())
         for migration in missing:
             connection.execute(statements.render(migration.text).encode())

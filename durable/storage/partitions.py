@@ -4,7 +4,8 @@ There is no default partition: a row for a day without one is refused (23514), a
 partition and repeats. A partition is made as a stand-alone table and attached, since `CREATE ... PARTITION OF` takes
 ACCESS EXCLUSIVE on the parent. A partition past retention is dropped, unless a live parent may still ask for children
 in it: then it is thinned out to those, where they are, so that every look at the history finds them as before. All of
-it runs with a short lock_timeout: a waiting DDL statement would block every flush behind it.
+it runs with a short lock_timeout: a waiting DDL statement would block every flush behind it. The DDL itself is in
+functions of migration 10, which run as the schema's owner: a worker's role may do no more than call them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ COPY_MOST = 10_000
 _NAME = re.compile(r"history_(\d{8})")
 
 
-def _days(connection: Connection, statements: Statements) -> set[date]:
+def days(connection: Connection, statements: Statements) -> set[date]:
+    """Return the days (UTC) that have a partition."""
     parent = sql.Identifier(statements.schema, "history").as_string(connection)
     names = [row[0] for row in execute(connection, statements, "partitions", {"parent": parent})]
     return {datetime.strptime(match[1], "%Y%m%d").date() for name in names if (match := _NAME.fullmatch(name))}
@@ -46,7 +48,7 @@ def ensure(connection: Connection, statements: Statements, ahead_days: int = AHE
     """
     today = run(connection, statements, maintenance.now()).astimezone(UTC).date()
     wanted = {today + timedelta(days=offset) for offset in range(-1, ahead_days + 1)}
-    missing = sorted(wanted - _days(connection, statements))
+    missing = sorted(wanted - days(connection, statements))
     made = 0
     for day in missing:
         made += _locked(connection, statements, lambda day=day: _create(connection, statements, day))  # type: ignore[misc]
@@ -61,7 +63,7 @@ def drop_before(connection: Connection, statements: Statements, retention: float
     """
     now = run(connection, statements, maintenance.now()).astimezone(UTC)
     dropped: list[str] = []
-    for day in sorted(_days(connection, statements)):
+    for day in sorted(days(connection, statements)):
         begins = datetime(day.year, day.month, day.day, tzinfo=UTC)
         ends = begins + timedelta(days=1)
         if ends + timedelta(seconds=retention) > now:
@@ -101,34 +103,13 @@ def _table(day: date) -> str:
 
 
 def _create(connection: Connection, statements: Statements, day: date) -> None:
-    parent, child = sql.Identifier(statements.schema, "history"), sql.Identifier(statements.schema, _table(day))
-    start, end = (f"{when.isoformat()} 00:00:00+00" for when in (day, day + timedelta(days=1)))
-    connection.execute(
-        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING COMMENTS, CHECK (finished_at >= {} AND finished_at < {}))").format(
-            child, parent, sql.Literal(start), sql.Literal(end)
-        )
-    )
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
-            parent, child, sql.Literal(start), sql.Literal(end)
-        )
-    )
+    execute(connection, statements, "make_partition", {"day": day})
 
 
 def _drop(connection: Connection, statements: Statements, day: date) -> None:
-    connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(statements.schema, _table(day))))
+    execute(connection, statements, "drop_partition", {"day": day})
 
 
 def _thin(connection: Connection, statements: Statements, day: date, wanted: Sequence[int]) -> None:
-    """Leave only the wanted rows in a partition. Takes no lock on its parent: commits go on."""
-    table, copy = (sql.Identifier(statements.schema, name) for name in (_table(day), "history_wanted"))
-    # Before they are copied: a row that is retried moves back to the live table, and must not come back here.
-    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
-    connection.execute(
-        sql.SQL("CREATE UNLOGGED TABLE {} AS SELECT * FROM {} WHERE id = ANY (%s)").format(copy, table),
-        [Int8Array(wanted)],
-    )
-    connection.execute(sql.SQL("TRUNCATE {}").format(table))
-    connection.execute(sql.SQL("INSERT INTO {} SELECT * FROM {}").format(table, copy))
-    connection.execute(sql.SQL("DROP TABLE {}").format(copy))
+    execute(connection, statements, "thin_partition", {"day": day, "wanted": Int8Array(wanted)})
     log.info("%s keeps %d children of live parents", _table(day), len(wanted))

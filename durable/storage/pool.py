@@ -21,7 +21,14 @@ import psycopg_pool
 from durable.errors import DatabaseUnavailableError
 from durable.storage import arrays
 from durable.storage.loop_pool import LoopPool, readable
-from durable.storage.session import AsyncConnection, Connection, connection_defaults, describe, translated
+from durable.storage.session import (
+    PINNED_PATH,
+    AsyncConnection,
+    Connection,
+    connection_defaults,
+    describe,
+    translated,
+)
 
 _pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
 _inherited: list[Any] = []  # kept for ever: closing or collecting them would speak on the parent's sockets
@@ -41,6 +48,7 @@ class ProducerPool:
         self._schema = schema
         self._size = size
         self._timeout = timeout
+        self._pooler = pooler
         self._kwargs = {
             "application_name": f"durable {name}"[:60],
             **connection_defaults(timeout, pooler=pooler),
@@ -115,13 +123,18 @@ class ProducerPool:
                     kwargs=self._kwargs,
                     min_size=1,
                     max_size=self._size,
-                    configure=lambda connection: arrays.register(connection.adapters),
+                    configure=self._configure,
                     check=_check,
                     reconnect_timeout=self._timeout,
                     name="durable",
                     open=True,
                 )
             return self._sync
+
+    def _configure(self, connection: Connection) -> None:
+        arrays.register(connection.adapters)
+        if not self._pooler:
+            connection.execute(PINNED_PATH)
 
     def _aopen(self) -> LoopPool:
         loop = asyncio.get_running_loop()
@@ -137,6 +150,8 @@ class ProducerPool:
         dsn = await asyncio.to_thread(self._dsn)
         connection = await psycopg.AsyncConnection.connect(dsn, **self._kwargs)
         arrays.register(connection.adapters)
+        if not self._pooler:
+            await connection.execute(PINNED_PATH)
         return connection
 
     def close(self, timeout: float = 5.0) -> None:

@@ -32,6 +32,9 @@ PINNED_PLANS = (
     "SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_sort = off; SET jit = off"
 )
 
+PINNED_PATH = "SET search_path = pg_catalog, pg_temp"
+"""Every table of ours is qualified; this is for functions and operators, which a schema on the path could replace."""
+
 CONNECTION_LOST = (
     psycopg.OperationalError,
     psycopg.InterfaceError,
@@ -107,8 +110,8 @@ def connect(
         dsn, application_name=application_name[:60], **connection_defaults(timeout, pooler=pooler)
     )
     arrays.register(connection.adapters)
-    if pinned and not pooler:
-        connection.execute(PINNED_PLANS)
+    if not pooler:
+        connection.execute(f"{PINNED_PATH}; {PINNED_PLANS}" if pinned else PINNED_PATH)
     return connection
 
 

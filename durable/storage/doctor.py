@@ -1,0 +1,218 @@
+"""What `durable doctor` reads: who holds back vacuum, what is stuck, what room is left. SQL in sql/doctor.sql."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple
+
+from durable.sql import Statements
+from durable.storage import maintenance, partitions
+from durable.storage.session import Connection, Operation, connect, run
+
+LOOKS = 8
+"""Times that two clients of a pooler compare their server sessions."""
+
+
+class Holder(NamedTuple):
+    """What keeps vacuum from removing dead rows.
+
+    kind     session, standby, slot, prepared
+    name     its pid, or the name of the slot or of the prepared transaction
+    age      seconds since its transaction began; None where Postgres keeps no time
+    xids     transactions that began since
+    """
+
+    kind: str
+    name: str
+    application: str | None
+    user: str | None
+    state: str | None
+    address: str | None
+    age: float | None
+    xids: int | None
+
+
+class DeadRows(NamedTuple):
+    """A table's rows as Postgres counts them; `vacuumed` is seconds since a vacuum, None for never."""
+
+    table: str
+    live: int
+    dead: int
+    vacuumed: float | None
+
+
+class Stuck(NamedTuple):
+    """Executing rows of a worker process that is gone; all but its id and the rows are None when no lease is left."""
+
+    worker_id: int
+    name: str | None
+    host: str | None
+    pid: int | None
+    gone: float | None
+    number: int
+    example: int
+
+
+class Unknown(NamedTuple):
+    """Runnable rows that no live worker of their queue can run."""
+
+    queue: str
+    machine: str
+    version: int
+    number: int
+    example: int
+
+
+class MissingLimit(NamedTuple):
+    """A rate limit that rows wait for and nobody has defined."""
+
+    name: str
+    number: int
+    example: int
+
+
+class BeatWork(NamedTuple):
+    """What a beat would see to; `rows` is counted up to two hundred."""
+
+    schedules: int
+    rows: int
+
+
+class Sessions(NamedTuple):
+    """Client sessions of one application, and how many sessions ordinary roles may have in all."""
+
+    application: str
+    number: int
+    room: int
+
+
+class LiveRow(NamedTuple):
+    """A live instance, and what its step begins from; the state is undecoded."""
+
+    id: int
+    queue: str
+    machine: str
+    version: int
+    step: str
+    state_type: str
+    state: bytes
+
+
+class WaitingSignal(NamedTuple):
+    """A signal that nobody has consumed; the payload is undecoded."""
+
+    id: int
+    target_id: int
+    name: str
+    payload_type: str
+    payload: bytes
+
+
+def holders() -> Operation[list[Holder]]:
+    """Return everything that holds the vacuum horizon of this database, the oldest first."""
+    rows = yield "horizon_holders", {}
+    return [Holder(*row) for row in rows]
+
+
+def dead_rows(schema: str) -> Operation[list[DeadRows]]:
+    """Return the dead rows of each table, most first."""
+    rows = yield "dead_rows", {"schema": schema}
+    return [DeadRows(*row) for row in rows]
+
+
+def stuck(slack: float) -> Operation[list[Stuck]]:
+    """Return who left executing rows behind more than `slack` seconds ago."""
+    rows = yield "stuck_leases", {"slack": slack}
+    return [Stuck(*row) for row in rows]
+
+
+def unknown() -> Operation[list[Unknown]]:
+    """Return the waiting tasks and versions that no live worker of their queue knows."""
+    rows = yield "unknown_waiting", {}
+    return [Unknown(*row) for row in rows]
+
+
+def missing_limits() -> Operation[list[MissingLimit]]:
+    """Return the rate limits that rows wait for and that are not there."""
+    rows = yield "limits_missing", {}
+    return [MissingLimit(*row) for row in rows]
+
+
+def beat_work() -> Operation[BeatWork]:
+    """Return what waits for a beat."""
+    rows = yield "beat_wanted", {}
+    return BeatWork(*rows[0])
+
+
+def sessions() -> Operation[list[Sessions]]:
+    """Return the sessions of the whole server by application, most first."""
+    rows = yield "connections_used", {}
+    return [Sessions(*row) for row in rows]
+
+
+def notification_queue() -> Operation[float]:
+    """Return how full the server's notification queue is, from 0 to 1."""
+    rows = yield "notification_queue", {}
+    return float(rows[0][0])
+
+
+def pooler_mode(dsn: str, title: str, sql: Statements, timeout: float) -> str | None:
+    """Return "transaction" or "session" for a DSN that leads through a pooler, None for one that does not.
+
+    A pooler makes up the pid that it tells its client. Two clients that are served by one server session, both being
+    connected, have it for a transaction only. Raises psycopg.OperationalError.
+    """
+    with closing(connect(dsn, title, pooler=True, timeout=timeout)) as one:
+        if run(one, sql, backend_pid()) == one.info.backend_pid:
+            return None
+        with closing(connect(dsn, title, pooler=True, timeout=timeout)) as two:
+            shared = any(run(one, sql, backend_pid()) == run(two, sql, backend_pid()) for _ in range(LOOKS))
+    return "transaction" if shared else "session"
+
+
+def sees_others() -> Operation[bool]:
+    """Return whether this role may see what other roles' sessions do."""
+    rows = yield "sees_others", {}
+    return bool(rows[0][0])
+
+
+def backend_pid() -> Operation[int]:
+    """Return the pid of the server process that answers."""
+    rows = yield "backend_pid", {}
+    return int(rows[0][0])
+
+
+def live_page(queue: str | None, after: int, limit: int) -> Operation[list[LiveRow]]:
+    """Return at most `limit` live instances with ids above `after`, of one queue or (None) of all."""
+    rows = yield "live_page", {"queue": queue, "after": after, "limit": limit}
+    return [LiveRow(*row) for row in rows]
+
+
+def inbox_page(after: int, limit: int) -> Operation[list[WaitingSignal]]:
+    """Return at most `limit` unconsumed signals with ids above `after`."""
+    rows = yield "inbox_page", {"after": after, "limit": limit}
+    return [WaitingSignal(*row) for row in rows]
+
+
+def kept_partitions(connection: Connection, sql: Statements, retention: float, slack: float) -> list[date]:
+    """Return the days whose partition should have been dropped more than `slack` seconds ago.
+
+    Those with children of live parents are not among them: they stay.
+    """
+    now = run(connection, sql, maintenance.now()).astimezone(UTC)
+    late = []
+    for day in sorted(partitions.days(connection, sql)):
+        begins = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        ends = begins + timedelta(days=1)
+        if ends + timedelta(seconds=retention + slack) > now:
+            break
+        if not run(connection, sql, maintenance.wanted_children(begins, ends, 1)):
+            late.append(day)
+    return late
+
+
+def missing_partitions(connection: Connection, sql: Statements) -> list[date]:
+    """Return which of today and tomorrow (UTC) have no partition."""
+    today = run(connection, sql, maintenance.now()).astimezone(UTC).date()
+    return sorted({today, today + timedelta(days=1)} - partitions.days(connection, sql))

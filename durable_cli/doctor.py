@@ -1,0 +1,349 @@
+"""`durable doctor`: what is wrong, who causes it, and what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import click
+import psycopg
+
+from durable import Durable
+from durable import dsn as dsn_module
+from durable.errors import SchemaError
+from durable.storage import doctor as looks
+from durable.storage import inspection, limits, migrations
+from durable.storage.doctor import Holder
+from durable.storage.inspection import QueueState, WorkerState
+from durable.storage.session import Connection, describe, run
+from durable_cli.exits import FAILED
+from durable_cli.output import note, print_json, print_table, say, seconds
+from durable_cli.session import Session, connected, database_options
+from durable_cli.values import SECONDS
+
+ERROR, WARNING = "error", "warning"
+CROWDED, FULL = 0.8, 0.95
+"""Parts of the server's connections that are in use."""
+NOTIFICATIONS = 0.5
+SLACK = 60.0
+"""Seconds beyond the settings' that reapers and collectors get before they are missed."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong. `severity`: an error is felt now, a warning will be."""
+
+    severity: str
+    finding: str
+    cause: str
+    remedy: str
+
+
+class Limits(NamedTuple):
+    """What counts as too much: seconds, transactions, rows, seconds."""
+
+    age: float
+    xids: int
+    dead: int
+    wait: float
+
+
+@click.command()
+@click.option(
+    "--max-age", type=SECONDS, metavar="SECONDS", default="300", show_default=True,
+    help="How long a transaction may hold back vacuum.",
+)  # fmt: skip
+@click.option(
+    "--max-xids", type=click.IntRange(0), metavar="N", default=1_000_000, show_default=True,
+    help="How many transactions a standby or a replication slot may hold it back.",
+)  # fmt: skip
+@click.option(
+    "--max-dead", type=click.IntRange(0), metavar="N", default=100_000, show_default=True,
+    help="Dead rows that a table may have.",
+)  # fmt: skip
+@click.option(
+    "--max-wait", type=SECONDS, metavar="SECONDS", default="30", show_default=True,
+    help="How long work may wait in a queue that no worker serves.",
+)  # fmt: skip
+@database_options
+@click.pass_context
+def doctor(ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float) -> None:
+    """Say what is wrong and who causes it; exit with 1 if anything is, else with 0.
+
+    Looks only, and changes nothing. With a role that may not see other roles' sessions it sees less (grant pg_monitor).
+    """
+    session: Session = ctx.obj
+    app = session.database()
+    with connected(app, app.database.dsn(), schema_needed=False) as connection:
+        found = list(examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)))
+        blind = not run(connection, app.sql, looks.sees_others())
+    found.sort(key=lambda finding: finding.severity)
+    if blind:
+        note("Note: this role sees only its own sessions; `GRANT pg_monitor` shows who holds back vacuum")
+    if session.as_json:
+        print_json({"healthy": not found, "findings": [finding._asdict() for finding in found]})
+    elif found:
+        print_table(Finding._fields, found)
+    else:
+        say("healthy: nothing is wrong")
+    ctx.exit(FAILED if found else 0)
+
+
+def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Finding]:
+    """Yield what is wrong. Raises psycopg.Error."""
+    yield from _schema(app, connection)
+    if not migrations.applied(connection, app.schema) or migrations.pending(connection, app.schema):
+        return
+    queues = run(connection, app.sql, inspection.queues())
+    processes = run(connection, app.sql, inspection.processes())
+    yield from _vacuum(app, connection, most)
+    yield from _leases(app, connection)
+    yield from _waiting(app, connection, queues, most)
+    yield from _limits(app, connection)
+    yield from _beat(app, connection, processes)
+    yield from _partitions(app, connection)
+    yield from _server(app, connection)
+    yield from _pooler(app)
+
+
+def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:
+    try:
+        remark = migrations.check(connection, app.schema)
+    except SchemaError as error:
+        missing = not migrations.applied(connection, app.schema) or migrations.pending(connection, app.schema)
+        remedy = "run `durable migrate`" if missing else "deploy code of the schema's version"
+        yield Finding(ERROR, "schema", str(error), remedy)
+        return
+    if remark is not None:
+        yield Finding(WARNING, "schema", remark, "deploy code of the schema's version")
+
+
+def _vacuum(app: Durable, connection: Connection, most: Limits) -> Iterator[Finding]:
+    tables = run(connection, app.sql, looks.dead_rows(app.schema))
+    dead = sum(table.dead for table in tables)
+    held = [holder for holder in run(connection, app.sql, looks.holders()) if _holds(holder, most)]
+    for holder in held:
+        cause, remedy = _HOLDERS[holder.kind](holder)
+        rows = f"; the schema has {dead:,} dead rows" if dead else ""
+        xids = f", {holder.xids:,} transactions ago" if holder.xids else ""
+        yield Finding(ERROR if dead > most.dead else WARNING, "vacuum held back", f"{cause}{xids}{rows}", remedy)
+    for table in tables:
+        if table.dead > max(most.dead, table.live) and not held:
+            when = "never" if table.vacuumed is None else f"{seconds(table.vacuumed)} ago"
+            yield Finding(
+                WARNING,
+                "dead rows",
+                f"table {table.table} has {table.dead:,} dead rows beside {table.live:,}; it was vacuumed {when}",
+                f"see that autovacuum runs (autovacuum, autovacuum_max_workers); VACUUM {app.schema}.{table.table}",
+            )
+
+
+def _holds(holder: Holder, most: Limits) -> bool:
+    if holder.age is None:
+        return (holder.xids or 0) >= most.xids
+    return holder.age > most.age
+
+
+def _session(holder: Holder) -> tuple[str, str]:
+    where = f" from {holder.address}" if holder.address else ""
+    who = f"application {holder.application!r}, role {holder.user}{where}, {holder.state}"
+    return (
+        f"session {holder.name} ({who}) has had a transaction open for {seconds(holder.age)}",
+        f"end it: SELECT pg_terminate_backend({holder.name}); idle_in_transaction_session_timeout prevents it",
+    )
+
+
+def _standby(holder: Holder) -> tuple[str, str]:
+    return (
+        f"standby {holder.application!r} (pid {holder.name}, role {holder.user}) sends hot_standby_feedback of a query",
+        "end the query on the standby, or switch hot_standby_feedback off there",
+    )
+
+
+def _slot(holder: Holder) -> tuple[str, str]:
+    return (
+        f"replication slot {holder.name!r} ({holder.state}) keeps rows that its standby may still read",
+        f"bring its standby back, or SELECT pg_drop_replication_slot('{holder.name}')",
+    )
+
+
+def _prepared(holder: Holder) -> tuple[str, str]:
+    return (
+        f"prepared transaction {holder.name!r} of role {holder.user} has waited for {seconds(holder.age)}",
+        f"COMMIT PREPARED '{holder.name}' or ROLLBACK PREPARED '{holder.name}'",
+    )
+
+
+_HOLDERS: dict[str, Callable[[Holder], tuple[str, str]]] = {
+    "session": _session,
+    "standby": _standby,
+    "slot": _slot,
+    "prepared": _prepared,
+}
+
+
+def _leases(app: Durable, connection: Connection) -> Iterator[Finding]:
+    conf = app.conf
+    for row in run(connection, app.sql, looks.stuck(conf.lease_ttl + 2 * conf.reaper_interval + conf.reaper_grace)):
+        if row.gone is None:
+            who = f"worker {row.worker_id}, which has no lease"
+        else:
+            who = f"process {row.pid} of {row.name} on {row.host}, gone for {seconds(row.gone)}"
+        yield Finding(
+            ERROR,
+            "stuck lease",
+            f"{who}, still holds {_rows(row.number, row.example)}",
+            "start a beat or a worker with reaper=True: it hands them back",
+        )
+
+
+def _waiting(app: Durable, connection: Connection, queues: list[QueueState], most: Limits) -> Iterator[Finding]:
+    for queue in queues:
+        waited = f"{queue.runnable:,} instances wait, the first for {seconds(queue.oldest)}"
+        if queue.runnable and queue.paused_at is not None:
+            why = f" ({queue.pause_reason})" if queue.pause_reason else ""
+            yield Finding(
+                WARNING,
+                "paused queue",
+                f"queue {queue.queue} is paused since {queue.paused_at:%Y-%m-%d %H:%M:%S%z}{why}; {waited}",
+                f"durable resume {queue.queue}",
+            )
+        elif queue.runnable and not queue.workers and (queue.oldest or 0.0) > most.wait:
+            yield Finding(
+                ERROR,
+                "queue without worker",
+                f"no worker serves queue {queue.queue}; {waited}",
+                f"durable worker -Q {queue.queue}",
+            )
+    for row in run(connection, app.sql, looks.unknown()):
+        yield Finding(
+            ERROR,
+            "unknown task",
+            f"no live worker of queue {row.queue} knows {row.machine!r} version {row.version}; "
+            f"{_rows(row.number, row.example)} wait for it",
+            "deploy a worker with that task and version, or cancel them (durable check names them before a deploy)",
+        )
+
+
+def _limits(app: Durable, connection: Connection) -> Iterator[Finding]:
+    for row in run(connection, app.sql, looks.missing_limits()):
+        yield Finding(
+            ERROR,
+            "unknown limit",
+            f"rate limit {row.name!r} is not in the database; {_rows(row.number, row.example)} wait for it",
+            f"declare it in the app and run `durable migrate`, or durable limits set {row.name} RATE",
+        )
+    there = {(row.kind, row.name) for row in run(connection, app.sql, limits.read())}
+    for kind, name in sorted(set(app.limit_rows.configured) - there):
+        yield Finding(
+            WARNING, "unknown limit", f"the app's {kind} limit {name!r} is not in the database", "run `durable migrate`"
+        )
+
+
+def _beat(app: Durable, connection: Connection, processes: list[WorkerState]) -> Iterator[Finding]:
+    if any(process.kind == "beat" and process.alive for process in processes):
+        return
+    work = run(connection, app.sql, looks.beat_work())
+    if not work.schedules and not work.rows:
+        return
+    waiting = f"{work.schedules} schedules and {'100 or more' if work.rows >= 100 else work.rows} waiting instances"
+    if any(process.kind == "worker" and process.alive for process in processes):
+        late = f"workers see to them, up to {app.conf.poll_interval:g} s late (schedules {app.conf.beat_grace:g} s)"
+        yield Finding(WARNING, "no beat", f"no beat runs for {waiting}; {late}", "start `durable beat`")
+    else:
+        yield Finding(ERROR, "no beat", f"no beat and no worker runs for {waiting}", "start `durable beat`")
+
+
+def _partitions(app: Durable, connection: Connection) -> Iterator[Finding]:
+    conf = app.conf
+    kept = looks.kept_partitions(connection, app.sql, conf.retention, 2 * conf.gc_interval + SLACK)
+    if kept:
+        yield Finding(
+            WARNING,
+            "partitions not dropped",
+            f"{len(kept)} partitions of the history are past retention ({seconds(conf.retention)}), "
+            f"the oldest of {kept[0]}",
+            "start a beat or a worker with gc=True; a session that reads the history for long keeps them, too",
+        )
+    missing = looks.missing_partitions(connection, app.sql)
+    if missing:
+        yield Finding(
+            ERROR,
+            "partitions missing",
+            f"the history has no partition for {', '.join(map(str, missing))} (UTC)",
+            "run `durable migrate`, or start a beat",
+        )
+
+
+def _server(app: Durable, connection: Connection) -> Iterator[Finding]:
+    sessions = run(connection, app.sql, looks.sessions())
+    used, room = sum(row.number for row in sessions), sessions[0].room
+    if used >= CROWDED * room:
+        shares = Counter({row.application: row.number for row in sessions}).most_common(3)
+        yield Finding(
+            ERROR if used >= FULL * room else WARNING,
+            "connections",
+            f"{used} of {room} connections are in use, most by {', '.join(f'{name} ({n})' for name, n in shares)}",
+            "raise max_connections, run fewer worker processes, or put a pooler in front (docs/operations.md)",
+        )
+    full = run(connection, app.sql, looks.notification_queue())
+    if full > NOTIFICATIONS:
+        yield Finding(
+            ERROR,
+            "notifications",
+            f"the server's notification queue is {full:.0%} full: a session that listens has a transaction open",
+            "end that session (see pg_stat_activity); when the queue is full, commits that notify fail",
+        )
+
+
+def _pooler(app: Durable) -> Iterator[Finding]:
+    conf, title = app.conf, f"durable {app.name} doctor"
+    mode = looks.pooler_mode(app.database.dsn(), title, app.sql, conf.connect_timeout)
+    if mode == "transaction" and not conf.pooler:
+        yield Finding(
+            ERROR,
+            "pooler",
+            "the DSN leads through a pooler in transaction mode, and the setting pooler is off: "
+            "settings of a session and LISTEN do not hold",
+            "set pooler=True, and listen_dsn to a DSN past the pooler",
+        )
+    elif mode == "session" and not conf.pooler:
+        yield Finding(
+            WARNING,
+            "pooler",
+            "the DSN leads through a pooler in session mode: each of our connections keeps one of its own",
+            "let workers connect to the server itself, or use transaction mode with pooler=True",
+        )
+    elif mode is None and conf.pooler:
+        yield Finding(
+            WARNING,
+            "pooler",
+            "the setting pooler is on, but the DSN leads to the server itself: statements are not prepared",
+            "set pooler=False",
+        )
+    if mode == "transaction" and conf.pooler and conf.notify and conf.listen_dsn is None:
+        yield Finding(
+            WARNING,
+            "listen_dsn",
+            f"behind a transaction pooler nothing can LISTEN: work starts up to {conf.poll_interval:g} s late",
+            "set listen_dsn to a DSN past the pooler, or notify=False if polling is meant",
+        )
+    if conf.listen_dsn is not None:
+        yield from _listen_dsn(app, title)
+
+
+def _listen_dsn(app: Durable, title: str) -> Iterator[Finding]:
+    listen = dsn_module.check(str(app.conf.listen_dsn), "listen_dsn")
+    try:
+        mode = looks.pooler_mode(listen, title, app.sql, app.conf.connect_timeout)
+    except psycopg.OperationalError as error:
+        cause = f"listen_dsn can't be reached: {describe(error)}"
+    else:
+        if mode != "transaction":
+            return
+        cause = "listen_dsn leads through a pooler in transaction mode, where LISTEN does not hold"
+    yield Finding(ERROR, "listen_dsn", cause, "set listen_dsn to a DSN past the pooler")
+
+
+def _rows(count: int, example: int) -> str:
+    return f"{count:,} instance{'' if count == 1 else 's'} (id {example})"
