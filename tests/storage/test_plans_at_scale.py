@@ -22,12 +22,12 @@ from tests.storage.hot import FORBIDDEN, HOT_STATEMENTS, LIMITED, PRODUCER, plan
 
 MILLION = 1_000_000 if os.environ.get("DURABLE_SCALE") == "1" else 100_000
 ALL = [*((*call, indexes) for call, indexes in HOT_STATEMENTS), *LIMITED]
-BATCHES = {"promote": 1000, "time_out": 1000}
+CLAIMED = 2000
+"""So many that the sample of an ANALYZE, 30,000 of 2,000,000, surely holds some: the planner then knows of them."""
+DUE = 5000
+BATCHES = {"promote": 1000, "time_out": 1000, "held": CLAIMED // 2, "reclaim": CLAIMED // 2}
 """Rows that a statement may take; 100 if not named. Each may touch TIMES as many rows and index entries."""
 TIMES = 10
-DUE = 5000
-CLAIMED = 2000
-"""So many that the sample of an ANALYZE, 30,000 of 2,000,000 rows, surely holds some: the planner then knows of them."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def huge(server_dsn: str, worker_id: str) -> Iterator[Rows]:
     try:
         with rows.connection.transaction():
             rows.fetch(
-                "INSERT INTO {schema}.instances (queue, priority, status, eligible_at, machine, step, state_type, state)"
+                "INSERT INTO {schema}.instances"
+                " (queue, priority, status, eligible_at, machine, step, state_type, state)"
                 " SELECT 'q' || n %% 2, CASE WHEN n %% 4 < 2 THEN 0 ELSE n %% 5 END,"
                 " CASE WHEN n <= %(m)s THEN 'runnable' ELSE 'scheduled' END::{schema}.status,"
                 " clock_timestamp() + make_interval(secs => CASE WHEN n <= %(m)s THEN 0"
@@ -56,8 +57,9 @@ def huge(server_dsn: str, worker_id: str) -> Iterator[Rows]:
                 {"m": MILLION, "due": DUE},
             )
             rows.fetch(
-                "INSERT INTO {schema}.history (id, queue, priority, status, eligible_at, created_at, finished_at, token, version,"
-                " attempt, machine_version, crashes, cancel_requested, machine, step, state_type, state, result_type, result)"
+                "INSERT INTO {schema}.history"
+                " (id, queue, priority, status, eligible_at, created_at, finished_at, token, version, attempt,"
+                " machine_version, crashes, cancel_requested, machine, step, state_type, state, result_type, result)"
                 " SELECT nextval('{schema}.instance_ids'), 'q' || n %% 2, n %% 3,"
                 " CASE WHEN n %% 1000 = 0 THEN 'failed' ELSE 'done' END::{schema}.status, t.now, t.now, t.now, 1, 1,"
                 " 0, 1, 0, false, 'task', 'run', 'json', '{}', 'json', 'null'"
@@ -66,7 +68,8 @@ def huge(server_dsn: str, worker_id: str) -> Iterator[Rows]:
             )
         for queue in ("q0", "q1"):
             rows.claim(rows.worker(), CLAIMED // 2, queue)
-        rows.fetch("ANALYZE {schema}.instances, {schema}.history, {schema}.workers")
+        rows.fetch("VACUUM (ANALYZE, INDEX_CLEANUP ON) {schema}.instances")  # no statement pays for the claims
+        rows.fetch("ANALYZE {schema}.history, {schema}.workers")
         yield rows
     finally:
         rows.close()
@@ -76,11 +79,16 @@ def huge(server_dsn: str, worker_id: str) -> Iterator[Rows]:
 
 
 def touches(rows: Rows, name: str, parameters: dict[str, Any]) -> int:
-    """Execute a statement, undo it, and return how many rows and index entries it touched."""
-    with rows.connection.transaction(force_rollback=True):
-        before = touched(rows)
-        execute(rows.connection, rows.sql, name, parameters)
-        return touched(rows) - before
+    """Execute a statement, undo it, and return how many rows and index entries it touched.
+
+    The second time counts: the first passes the index entries that other undone statements left and marks them as dead.
+    """
+    for _ in range(2):
+        with rows.connection.transaction(force_rollback=True):
+            before = touched(rows)
+            execute(rows.connection, rows.sql, name, parameters)
+            found = touched(rows) - before
+    return found
 
 
 def test_the_tables_are_as_full_as_they_are_said_to_be(huge: Rows) -> None:
