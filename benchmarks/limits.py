@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import statistics
-import time
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import psycopg
 
 from benchmarks.database import Database, wait_for_count
-from benchmarks.drain import start
+from benchmarks.drain import run_floor
+from benchmarks.figures import FLOOR, Measure, Target, interleave_many
+from benchmarks.registry import Size
+from benchmarks.work import counted
+from benchmarks.workers import worker
 
-KINDS = ("nothing else in the queue", "throttled rows parked", "throttled rows as candidates")
+ALONE = "durable, nothing else in the queue"
+PARKED = "durable, throttled rows parked"
+CANDIDATES = "durable, throttled rows as candidates"
 
 
 def throttle(database: Database, throttled: int, *, parked: bool) -> None:
@@ -40,82 +42,30 @@ def throttle(database: Database, throttled: int, *, parked: bool) -> None:
         connection.execute("CHECKPOINT")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One drain, and the work it took: what a shared machine's noise hardly changes.
+def limits(database: Database, size: Size) -> list[Measure]:
+    """Drain unlimited tasks with and without throttled rows at the head of their queue."""
 
-    rate     unlimited rows per second
-    buffers  pages that the server touched, per row
-    server   microseconds of CPU of all of the server's processes, per row
-    workers  microseconds of CPU of the worker command's processes, per row
-    """
+    def run(kind: str, processes: int) -> dict[str, float]:
+        database.fill(size.count)
+        if kind != ALONE:
+            throttle(database, size.count // 2, parked=kind == PARKED)
+        with counted(database, size.count) as spent, worker(database, processes):
+            wait_for_count(database, size.count)
+            database.check(size.count)
+            rate = database.rate(size.count)
+        return {"jobs/s": rate, **spent}
 
-    rate: float
-    buffers: float
-    server: float
-    workers: float
+    def floor(processes: int) -> dict[str, float]:
+        return {"jobs/s": run_floor(database, size.count, processes)}
 
-
-def _server_cpu(database: Database) -> float:
-    """CPU seconds of every process that the server has had so far."""
-    with psycopg.connect(database.dsn) as connection:
-        postmaster = _stat(connection.info.backend_pid)[1]
-    ticks = sum(_stat(postmaster)[11:15])
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = _stat(int(folder.name))
-        except OSError:
-            continue
-        ticks += sum(stat[11:13]) if stat[1] == postmaster else 0
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _stat(pid: int) -> list[int]:
-    """The numbers of /proc/PID/stat behind the state; [1] the parent, [11:15] the times (the first is put as 0)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return [0, *map(int, fields[1:])]
-
-
-def _buffers(database: Database) -> int:
-    """Pages that were touched so far, by sessions that have ended or told of it."""
-    with psycopg.connect(database.dsn) as connection:
-        row = connection.execute(
-            "SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()"
-        ).fetchone()
-    return int(row[0]) if row else 0
-
-
-def _drain(database: Database, processes: int, count: int) -> Run:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    before = children.ru_utime + children.ru_stime
-    buffers, server = _buffers(database), _server_cpu(database)
-    worker = start(database, processes)
-    try:
-        wait_for_count(database, count)
-        rate = database.rate(count)
-    finally:
-        worker.terminate()
-        worker.wait()
-    time.sleep(1.0)  # the last sessions end
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Run(
-        rate,
-        (_buffers(database) - buffers) / count,
-        (_server_cpu(database) - server) * 1e6 / count,
-        (children.ru_utime + children.ru_stime - before) * 1e6 / count,
-    )
-
-
-def backlog(database: Database, processes: int, count: int, throttled: int, rounds: int) -> dict[str, Run]:
-    """Drain `count` unlimited no-op tasks for each of KINDS; medians of interleaved runs."""
-    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    for turn in range(rounds):
-        for kind in KINDS if turn % 2 else reversed(KINDS):
-            database.fill(count)
-            if kind != KINDS[0]:
-                throttle(database, throttled, parked=kind == KINDS[1])
-            runs[kind].append(_drain(database, processes, count))
-    return {
-        kind: Run(*(statistics.median(getattr(run, field.name) for run in of_kind) for field in fields(Run)))
-        for kind, of_kind in runs.items()
-    }
+    measures = []
+    for processes in size.processes:
+        contenders: dict[str, Callable[[], dict[str, float]]] = {FLOOR: partial(floor, processes)}
+        contenders |= {kind: partial(run, kind, processes) for kind in (ALONE, PARKED, CANDIDATES)}
+        what = f"drain of {size.count:,} tasks behind {size.count // 2:,} throttled ones, {processes} worker processes"
+        for unit, series in interleave_many(size.runs, contenders).items():
+            measure = Measure(what, unit, series)
+            if unit == "jobs/s":
+                measure.targets = [Target(kind, 0.9, ALONE) for kind in (PARKED, CANDIDATES)]
+            measures.append(measure)
+    return measures
