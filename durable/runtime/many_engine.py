@@ -70,6 +70,9 @@ class ManyEngine(Engine):
     def _turn(self) -> None:
         if not self._take_from_steps():
             return
+        if self._seat.state == BUSY and self.buffer.free:
+            # A slot came free; without an outcome, if its step was given up. What came meanwhile was told to others.
+            self._more = True
         super()._turn()
 
     def _in_drain(self) -> None:
