@@ -6,14 +6,13 @@ not take every place before fresh rows of a better priority.
 
 from __future__ import annotations
 
+from durable.storage import lanes
 from durable.storage.arrays import TextArray
 from durable.storage.session import Operation
 
 MOST_OF_A_QUEUE = 1000
 """Rows that one turn raises, of each priority and kind in a queue."""
 MOST_OF_A_LANE = 20
-PAGE = 1000
-"""Lanes that one turn looks at."""
 
 
 def set_ageing(name: str, seconds: float | None) -> Operation[bool]:
@@ -37,8 +36,8 @@ def age_lanes(after: str = "") -> Operation[tuple[int, str]]:
     after  where the last turn stopped in the lanes
     Returns how many, and where this turn stopped ("": at the end).
     """
-    page = yield "parked_lanes", {"after": after, "limit": PAGE}
+    page, stopped = yield from lanes.parked(after)
     if not page:
         return 0, ""
-    raised = yield "age_lanes", {"lanes": TextArray([row[0] for row in page]), "limit": MOST_OF_A_LANE}
-    return len(raised), page[-1][0] if len(page) == PAGE else ""
+    raised = yield "age_lanes", {"lanes": TextArray(page), "limit": MOST_OF_A_LANE}
+    return len(raised), stopped

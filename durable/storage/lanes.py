@@ -69,6 +69,15 @@ def in_use() -> Operation[bool]:
     return bool((yield "limits_in_use", {})[0][0])
 
 
+def parked(after: str = "") -> Operation[tuple[list[str], str]]:
+    """Return a page of the lanes in which rows are parked, and where it ends ("": with the last of them).
+
+    after  where the last page ended
+    """
+    rows = yield "parked_lanes", {"after": after, "limit": PAGE}
+    return [row[0] for row in rows], rows[-1][0] if len(rows) == PAGE else ""
+
+
 def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
     """Mend counters and lanes that contradict what executes. Needs a transaction.
 
@@ -84,13 +93,12 @@ def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
             {"keys": TextArray([row[0] for row in held]), "shards": Int4Array([row[1] for row in held])},
         )
         lanes |= {key_lane(row[0]) for row in mended}
-    parked = yield "any_parked", {}
+    any_parked = yield "any_parked", {}
     stopped = ""
-    if parked[0][0]:
-        page = yield "parked_lanes", {"after": after, "limit": PAGE}
-        unattended = yield "unattended_lanes", {"lanes": TextArray([row[0] for row in page])}
+    if any_parked[0][0]:
+        page, stopped = yield from parked(after)
+        unattended = yield "unattended_lanes", {"lanes": TextArray(page)}
         lanes |= {row[0] for row in unattended}
-        stopped = page[-1][0] if len(page) == PAGE else ""
     return (yield from open_lanes(lanes)), stopped
 
 
