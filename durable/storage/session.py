@@ -45,7 +45,7 @@ def execute(connection: Connection, sql: Statements, name: str, parameters: Mapp
     """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
     cursor.execute(sql[name], parameters, prepare=connection.prepare_threshold is not None, binary=True)
-    return cursor.fetchall() if cursor.description is not None else []
+    return cursor.fetchall() if cursor.rownumber is not None else []
 
 
 def run(connection: Connection, sql: Statements, operation: Operation[T], *, foreign: bool = False) -> T:
@@ -64,7 +64,7 @@ def run(connection: Connection, sql: Statements, operation: Operation[T], *, for
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
             arrays.register(cursor.adapters)
             cursor.execute(sql[name], parameters, binary=True)
-            rows = cursor.fetchall() if cursor.description is not None else []
+            rows = cursor.fetchall() if cursor.rownumber is not None else []
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 
@@ -86,7 +86,7 @@ async def arun(connection: AsyncConnection, sql: Statements, operation: Operatio
                 arrays.register(cursor.adapters)
             prepare = None if foreign else connection.prepare_threshold is not None
             await cursor.execute(sql[name], parameters, prepare=prepare, binary=True)
-            rows = await cursor.fetchall() if cursor.description is not None else []
+            rows = await cursor.fetchall() if cursor.rownumber is not None else []
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 
