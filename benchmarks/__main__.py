@@ -1,98 +1,81 @@
-"""`python -m benchmarks drain`: see each command's help."""
+"""`python -m benchmarks` runs everything and holds it against the targets; `python -m benchmarks drain` one part."""
 
 from __future__ import annotations
 
-import json
-import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import click
-import psycopg
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks import plot, report
+from benchmarks.catalogue import BENCHMARKS
 from benchmarks.database import bench_database
-from benchmarks.drain import measure
-from benchmarks.limits import backlog
-from benchmarks.machines import fanout, latency, signals, steps
+from benchmarks.figures import Measure
+from benchmarks.registry import Benchmark, Size
 
 
-@click.group()
-def main() -> None:
-    """Measure durable beside the SQL floor, as ratios inside one run."""
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what every command has: how often, and where to write."""
+    for option in (
+        click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it (SVG or PNG; extra `bench`)."),
+        click.option("--json", "file", type=click.Path(path_type=Path), help="Write every figure to this file."),
+        click.option("--runs", default=3, show_default=True, help="Interleaved runs of each kind."),
+    ):
+        command = option(command)
+    return command
 
 
-@main.command()
-@click.option("--count", default=20_000, show_default=True, help="No-op tasks per run.")
-@click.option("--processes", default="1,2", show_default=True, help="Worker processes, a comma between runs.")
-@click.option("--rounds", default=3, show_default=True, help="Interleaved runs of each kind.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def drain(count: int, processes: str, rounds: int, as_json: bool) -> None:
-    """Empty a queue of no-op tasks, results kept, beside the SQL floor with as many processes."""
-    document = []
+@click.group(invoke_without_command=True)
+@click.option("--scale", default=1.0, show_default=True, help="Of the default sizes, when everything is run.")
+@output_options
+@click.pass_context
+def main(context: click.Context, scale: float, runs: int, file: Path | None, picture: Path | None) -> None:
+    """Measure durable beside the SQL floor and its peers, as ratios inside one run; without a command: everything."""
+    if context.invoked_subcommand is None:
+        sized = [(one, Size(max(one.least, int(one.count * scale)), runs, one.processes)) for one in BENCHMARKS]
+        measure(sized, file, picture)
+
+
+def measure(sized: Sequence[tuple[Benchmark, Size]], file: Path | None, picture: Path | None) -> None:
+    """Run benchmarks on one server, print, and write what was asked for. What is done is written if one fails."""
+    if picture is not None and not plot.available():
+        raise click.UsageError("--plot needs matplotlib: pip install 'durable-pg[bench]'")
+    console, measures = Console(), list[Measure]()
     with bench_database() as database:
-        with psycopg.connect(database.dsn) as connection:
-            version = connection.info.parameter_status("server_version") or "?"
-        for number in (int(text) for text in processes.split(",")):
-            floor, ours = measure(database, count, number, rounds)
-            document.append(
-                {
-                    "processes": number,
-                    "count": count,
-                    "postgres": version,
-                    "python": platform.python_version(),
-                    "floor": floor.runs,
-                    "durable": ours.runs,
-                    "ratio": ours.median / floor.median,
-                }
-            )
-    if as_json:
-        click.echo(json.dumps(document, indent=2))
-        return
-    table = Table(title=f"drain of {count:,} no-op tasks, PostgreSQL {version}, median of {rounds} runs (range)")
-    for column in ("processes", "SQL floor, jobs/s", "durable, jobs/s", "ratio"):
-        table.add_column(column, justify="right")
-    for entry in document:
-        table.add_row(
-            str(entry["processes"]), _range(entry["floor"]), _range(entry["durable"]), f"{entry['ratio']:.2f}"
-        )
-    Console().print(table)
+        about = report.surroundings(database)
+        try:
+            for one, size in sized:
+                began = time.monotonic()
+                measures += one.measure(database, size)
+                Console(stderr=True).print(f"{one.name}: {time.monotonic() - began:.0f} s", style="dim")
+        finally:
+            if measures:
+                report.show(console, about, measures)
+            if file is not None:
+                report.write_json(file, about, measures)
+            if picture is not None and measures:
+                plot.draw(picture, measures, about)
 
 
-@main.command()
-@click.option("--processes", default=2, show_default=True, help="Worker processes.")
-@click.option("--count", default=4000, show_default=True, help="Five-step machines.")
-@click.option("--parked", default=10_000, show_default=True, help="Instances that await a signal.")
-def machines(processes: int, count: int, parked: int) -> None:
-    """Steps per second plain and inline, children and signals per second, latency on an idle worker, due times."""
-    with bench_database() as database:
-        for name, rate in steps(database, processes, count).items():
-            click.echo(f"{name}: {rate:,.0f} steps/s")
-        for children in (1000, 10_000):
-            rate = fanout(database, processes, children)
-            click.echo(f"{children:,} children of one parent: {children / rate:.2f} s to the join, {rate:,.0f}/s")
-        for name, rate in signals(database, processes, parked).items():
-            click.echo(f"{parked:,} parked, {name}: {rate:,.0f}/s")
-        for name, figure in latency(database, processes).items():
-            click.echo(f"{name}: {figure:.1f} ms")
+def _command(one: Benchmark) -> click.Command:
+    def run(count: int, processes: str, runs: int, file: Path | None, picture: Path | None) -> None:
+        measure([(one, Size(count, runs, tuple(int(text) for text in processes.split(","))))], file, picture)
+
+    run.__doc__ = one.help
+    default = ",".join(map(str, one.processes))
+    shared = {"show_default": True, "default": default, "help": "Worker processes, a comma between runs."}
+    command = click.option("--processes", **shared)(output_options(run))
+    command = click.option("--count", default=one.count, show_default=True, help=f"{one.of[0].upper()}{one.of[1:]}.")(
+        command
+    )
+    return click.command(one.name)(command)
 
 
-@main.command()
-@click.option("--processes", default=2, show_default=True, help="Worker processes.")
-@click.option("--count", default=200_000, show_default=True, help="Unlimited no-op tasks per run.")
-@click.option("--throttled", default=100_000, show_default=True, help="Rows before them that wait for tokens.")
-@click.option("--rounds", default=3, show_default=True, help="Interleaved runs of each kind.")
-def limits(processes: int, count: int, throttled: int, rounds: int) -> None:
-    """Drain of unlimited tasks with and without throttled rows at the head of their queue."""
-    with bench_database() as database:
-        rates = backlog(database, processes, count, throttled, rounds)
-    alone = next(iter(rates.values()))
-    for kind, rate in rates.items():
-        click.echo(f"{kind}: {rate:,.0f}/s, {rate / alone:.2f} of that alone")
+for benchmark in BENCHMARKS:
+    main.add_command(_command(benchmark))
 
-
-def _range(runs: list[float]) -> str:
-    middle = sorted(runs)[len(runs) // 2]
-    return f"{middle:,.0f} ({min(runs):,.0f} to {max(runs):,.0f})"
-
-
-main()
+if __name__ == "__main__":
+    main()

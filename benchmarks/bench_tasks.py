@@ -2,6 +2,7 @@
 
 import os
 
+from benchmarks import stamps
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
 
 app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
@@ -10,6 +11,12 @@ app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
 @app.task(name="noop")
 def noop() -> None:
     """Do nothing: what is measured is everything around it."""
+
+
+@app.task(name="stamp")
+def stamp(sent: int) -> None:
+    """Say when it starts."""
+    stamps.stamp(sent)
 
 
 class _Chain(Machine):

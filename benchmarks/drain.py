@@ -2,95 +2,103 @@
 
 from __future__ import annotations
 
-import os
-import statistics
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
 import psycopg
 
+from benchmarks import floor
 from benchmarks.database import Database, wait_for_count
+from benchmarks.enqueue import copy
+from benchmarks.figures import FLOOR, OURS, Measure, Target, interleave
+from benchmarks.registry import Size
+from benchmarks.workers import producer, worker
 
-ROOT = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Jobs per second of one kind, run by run."""
-
-    name: str
-    runs: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.runs)
+TARGETS = {1: 0.65, 2: 0.6}
+WAL_COUNT = 20_000
 
 
 def run_floor(database: Database, count: int, processes: int) -> float:
     """Return the floor's jobs per second."""
     database.fill(count)
-    floors = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.floor", database.dsn, database.schema, str(1000 + number)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for number in range(processes)
-    ]
-    for floor in floors:
-        assert floor.stdin is not None
-        floor.stdin.write(b"\n")
-        floor.stdin.close()
-    for floor in floors:
-        if floor.wait() != 0:
-            raise RuntimeError("a floor process failed")
+    floor.run(database, processes)
+    database.check(count)
     return database.rate(count)
-
-
-def start(database: Database, processes: int, *options: str) -> subprocess.Popen[bytes]:
-    """Start a worker command on the benchmark's tasks."""
-    arguments = ["-A", "benchmarks.bench_tasks", "worker", "-c", str(processes), "-l", "warning", *options]
-    return subprocess.Popen(
-        [sys.executable, "-m", "durable_cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "DURABLE_DSN": database.dsn, "BENCH_SCHEMA": database.schema},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 def run_durable(database: Database, count: int, processes: int) -> float:
     """Return our jobs per second: a real worker command, from its first to its last committed outcome."""
     database.fill(count)
-    worker = start(database, processes)
-    try:
+    with worker(database, processes):
         wait_for_count(database, count)
+        database.check(count)
         return database.rate(count)
-    finally:
-        worker.terminate()
-        worker.wait()
 
 
-def check_sample(database: Database) -> None:
-    """Fail unless what the runs left is what was promised: done, once, with its result."""
-    with psycopg.connect(database.dsn) as connection:
-        wrong = connection.execute(
-            f"SELECT count(*) FROM {database.schema}.history"
-            " WHERE status <> 'done' OR version <> 1 OR result IS DISTINCT FROM 'null'::bytea"
-        ).fetchone()
-    if wrong is None or wrong[0]:
-        raise RuntimeError(f"{wrong} rows did not end as they should")
+def drain(database: Database, size: Size) -> list[Measure]:
+    """Empty a queue of no-op tasks, results kept; and the WAL that a task costs from enqueue to history."""
+    measures = []
+    for processes in size.processes:
+        series = interleave(
+            size.runs,
+            {
+                FLOOR: lambda n=processes: run_floor(database, size.count, n),  # type: ignore[misc]
+                OURS: lambda n=processes: run_durable(database, size.count, n),  # type: ignore[misc]
+            },
+        )
+        what = f"drain of {size.count:,} no-op tasks, {processes} worker process{'es' if processes > 1 else ''}"
+        targets = [Target(OURS, TARGETS[processes], FLOOR)] if processes in TARGETS else []
+        measures.append(Measure(what, "jobs/s", series, targets))
+    return [*measures, *_more_processes(measures, size), wal(database, min(size.count, WAL_COUNT), size.runs)]
 
 
-def measure(database: Database, count: int, processes: int, rounds: int) -> tuple[Figures, Figures]:
-    """Run both kinds in turn and return their figures."""
-    floor, ours = Figures("SQL floor", []), Figures("durable", [])
-    for _ in range(rounds):
-        floor.runs.append(run_floor(database, count, processes))
-        check_sample(database)
-        ours.runs.append(run_durable(database, count, processes))
-        check_sample(database)
-    return floor, ours
+def _more_processes(measures: list[Measure], size: Size) -> list[Measure]:
+    """Compare each number of processes beyond the two cores with two: our totals side by side."""
+    totals = dict(zip(size.processes, measures, strict=True))
+    compared = []
+    for processes in (number for number in size.processes if number > 2 and 2 in totals):
+        sides = []
+        for number in (2, processes):
+            ours = totals[number].find(OURS)
+            assert ours is not None, "it was just run"
+            sides.append(type(ours)(f"{OURS}, {number} processes", ours.runs))
+        targets = [Target(sides[1].name, 0.95, sides[0].name)]
+        compared.append(Measure(f"drain with {processes} processes beside two", "jobs/s", sides, targets))
+    return compared
+
+
+def wal(database: Database, count: int, runs: int) -> Measure:
+    """Return bytes of WAL per task without full-page images, inserted in batches and drained by one process."""
+
+    def of_floor() -> None:
+        copy(database, count)
+        floor.run(database, 1)
+
+    def of_ours() -> None:
+        with worker(database, 1), producer(database) as (app, known):
+            for at in range(0, count, 1000):
+                app.insert_many([(known["noop"], {})] * min(1000, count - at))
+            wait_for_count(database, count)
+
+    measure = Measure(
+        f"WAL per no-op task, of {count:,}, enqueued and run", "bytes", [], [Target(OURS, 1100, None, True)]
+    )
+    try:
+        database.value("CREATE EXTENSION IF NOT EXISTS pg_walinspect")
+    except psycopg.Error as error:
+        for series in (measure_series := interleave(0, {FLOOR: float, OURS: float})):
+            series.missing = f"not available here: {str(error).splitlines()[0]}"
+        measure.series = measure_series
+        return measure
+
+    def bytes_of(act: object) -> float:
+        assert callable(act)
+        database.fill(0)
+        began = database.value("SELECT pg_current_wal_insert_lsn()")
+        act()
+        database.check(count)
+        # In pages of 8 kB the last record may not be flushed yet: `flush_lsn` is where it can be read up to.
+        written = database.value(
+            "SELECT sum(record_size)::float8 FROM pg_get_wal_stats(%s, pg_current_wal_flush_lsn(), true)", [began]
+        )
+        return float(written) / count
+
+    measure.series = interleave(runs, {FLOOR: lambda: bytes_of(of_floor), OURS: lambda: bytes_of(of_ours)})
+    return measure

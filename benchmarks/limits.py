@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Callable
+from functools import partial
 
 import psycopg
 
 from benchmarks.database import Database, wait_for_count
-from benchmarks.drain import start
+from benchmarks.drain import run_floor
+from benchmarks.figures import FLOOR, Measure, interleave
+from benchmarks.registry import Size
+from benchmarks.workers import worker
 
-KINDS = ("nothing else in the queue", "throttled rows parked", "throttled rows as candidates")
+ALONE = "durable, nothing else in the queue"
+PARKED = "durable, throttled rows parked"
+CANDIDATES = "durable, throttled rows as candidates"
 
 
 def throttle(database: Database, throttled: int, *, parked: bool) -> None:
@@ -35,19 +41,22 @@ def throttle(database: Database, throttled: int, *, parked: bool) -> None:
         connection.execute("CHECKPOINT")
 
 
-def backlog(database: Database, processes: int, count: int, throttled: int, rounds: int) -> dict[str, float]:
-    """Return jobs per second of `count` unlimited no-op tasks for each of KINDS, medians of interleaved runs."""
-    runs: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(rounds):
-        for kind in KINDS:
-            database.fill(count)
-            if kind != KINDS[0]:
-                throttle(database, throttled, parked=kind == KINDS[1])
-            worker = start(database, processes)
-            try:
-                wait_for_count(database, count)
-                runs[kind].append(database.rate(count))
-            finally:
-                worker.terminate()
-                worker.wait()
-    return {kind: statistics.median(rates) for kind, rates in runs.items()}
+def limits(database: Database, size: Size) -> list[Measure]:
+    """Drain unlimited tasks with and without throttled rows at the head of their queue."""
+
+    def run(kind: str, processes: int) -> float:
+        database.fill(size.count)
+        if kind != ALONE:
+            throttle(database, size.count // 2, parked=kind == PARKED)
+        with worker(database, processes):
+            wait_for_count(database, size.count)
+            database.check(size.count)
+            return database.rate(size.count)
+
+    measures = []
+    for processes in size.processes:
+        contenders: dict[str, Callable[[], float]] = {FLOOR: partial(run_floor, database, size.count, processes)}
+        contenders |= {kind: partial(run, kind, processes) for kind in (ALONE, PARKED, CANDIDATES)}
+        what = f"drain of {size.count:,} tasks behind {size.count // 2:,} throttled ones, {processes} worker processes"
+        measures.append(Measure(what, "jobs/s", interleave(size.runs, contenders)))
+    return measures

@@ -1,0 +1,68 @@
+"""What a worker command with nothing to do costs, with and without instances that are parked on signals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+
+from benchmarks.database import Database, wait_for_count
+from benchmarks.figures import OURS, Measure, Target, interleave_many
+from benchmarks.processes import cpu_seconds, family
+from benchmarks.registry import Size
+from benchmarks.workers import producer, worker
+
+PARKED = 10_000
+NOBODY, EMPTY, WAITING = "nobody connected", OURS, f"{OURS}, parked on signals"
+CPU, QUERIES = "CPU of an idle worker command", "transactions of an idle worker command"
+SETTLE = 3.0
+"""Seconds after which a command's start is no longer in what is counted."""
+
+
+def run(database: Database, seconds: int, processes: int, parked: int, *, nobody: bool = False) -> Mapping[str, float]:
+    """Return percent of a core and transactions per second; a session counts a second late what it did."""
+    database.fill(0)
+    if nobody:
+        return {QUERIES: _transactions(database, seconds)}
+    with worker(database, processes) as command:
+        if parked:
+            with producer(database) as (app, known):
+                app.insert_many([(known["sleeper"], {})] * parked)
+            wait_for_count(database, parked, "awaiting_signal")
+        time.sleep(SETTLE)
+        pids = family(command.pid)
+        before = cpu_seconds(pids)
+        transactions = _transactions(database, seconds)
+        return {CPU: 100 * (cpu_seconds(pids) - before) / seconds, QUERIES: transactions}
+
+
+def _transactions(database: Database, seconds: int) -> float:
+    query = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+    before = database.value(query)
+    time.sleep(seconds)
+    return float(database.value(query) - before) / seconds
+
+
+def idle(database: Database, size: Size) -> list[Measure]:
+    """Watch a worker command that has nothing to do: its CPU, and its transactions (each one query)."""
+    measures = []
+    for processes in size.processes:
+        found = interleave_many(
+            size.runs,
+            {
+                NOBODY: partial(run, database, size.count, processes, 0, nobody=True),
+                EMPTY: partial(run, database, size.count, processes, 0),
+                WAITING: partial(run, database, size.count, processes, PARKED),
+            },
+        )
+        units = {CPU: ("% of a core", 0.3), QUERIES: ("per second", 2.0)}
+        measures += [
+            Measure(
+                f"{what}, {processes} children",
+                units[what][0],
+                series,
+                [Target(name, units[what][1], None, True) for name in (EMPTY, WAITING)],
+            )
+            for what, series in sorted(found.items())
+        ]
+    return measures

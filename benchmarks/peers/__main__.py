@@ -1,0 +1,45 @@
+"""`python -m benchmarks.peers KIND ACTION [NUMBER [SECONDS]]`: one act of one peer, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from benchmarks.peers.base import Peer
+from benchmarks.peers.catalogue import BY_KIND
+
+LOOK = 0.05
+
+
+def watch(peer: Peer, count: int) -> None:
+    """Print how many per second finished, from the first to the last, when `count` have."""
+    while (found := peer.finished()).count < count:
+        time.sleep(LOOK if found.count == 0 else 4 * LOOK)
+    if found.count != count:
+        raise SystemExit(f"{found.count} tasks finished of {count} that were enqueued")
+    if found.last <= found.first:
+        raise SystemExit(f"{count} tasks that finish in one moment tell no rate: take more")
+    print(count / (found.last - found.first), flush=True)
+
+
+def main(kind: str, action: str, number: str = "1", seconds: str = "0") -> None:
+    """Do it."""
+    peer = BY_KIND[kind]()
+    if action == "prepare":
+        peer.prepare()
+    elif action == "fill":
+        peer.fill(int(number))
+    elif action == "chains":
+        peer.fill_chains(int(number))
+    elif action == "pace":
+        peer.pace(int(number), float(seconds))
+    elif action == "work":
+        peer.work(int(number))
+    elif action == "watch":
+        watch(peer, int(number))
+    else:
+        raise SystemExit(f"no such action: {action}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
