@@ -8,13 +8,11 @@ import time
 from benchmarks.peers.base import Peer
 from benchmarks.peers.catalogue import BY_KIND
 
-LOOK = 0.05
-
 
 def watch(peer: Peer, count: int) -> None:
     """Print how many per second finished, from the first to the last, when `count` have."""
     while (found := peer.finished()).count < count:
-        time.sleep(LOOK if found.count == 0 else 4 * LOOK)
+        time.sleep(peer.look)
     if found.count != count:
         raise SystemExit(f"{found.count} tasks finished of {count} that were enqueued")
     if found.last <= found.first:

@@ -38,6 +38,7 @@ class Peer(ABC):
     share          of the fastest peer's number of tasks, so that runs last about as long
     forks          whether one command makes as many processes as it is told
     chains         whether it has five-step work
+    look           seconds between two looks at how many finished: a count of rows costs, and needs no exact moment
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Peer(ABC):
     share: ClassVar[float] = 1.0
     forks: ClassVar[bool] = False
     chains: ClassVar[bool] = False
+    look: ClassVar[float] = 0.25
 
     @classmethod
     def missing(cls) -> str:
@@ -103,6 +105,8 @@ class PostgresPeer(Peer):
 
 class RedisResults(Peer):
     """A peer whose results are keys of a Redis database, which expire later than anybody looks."""
+
+    look = 0.01
 
     def __init__(self) -> None:
         self._first: float | None = None

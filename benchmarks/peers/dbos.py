@@ -50,7 +50,6 @@ class Dbos(PostgresPeer):
                 "sys_db_pool_size": 20,
             }
         )
-        dbos.Queue(QUEUE, worker_concurrency=CONCURRENCY, polling_interval_sec=0.05)
 
         @dbos.DBOS.workflow(name="noop")
         def noop() -> None: ...
@@ -69,6 +68,7 @@ class Dbos(PostgresPeer):
                 one(n)
 
         dbos.DBOS.launch()
+        dbos.DBOS.register_queue(QUEUE, worker_concurrency=CONCURRENCY, polling_interval_sec=0.05)
         return dbos.DBOS
 
     def _client(self) -> Any:

@@ -79,7 +79,7 @@ def _rabbitmq() -> Iterator[str]:
             _process(["epmd", "-port", str(names), "-address", "127.0.0.1"], names, {}),
             _process([str(RABBITMQ_PROGRAM)], port, own),
         ):
-            yield f"amqp://guest:guest@127.0.0.1:{port}//"
+            yield f"amqp://guest:guest@127.0.0.1:{port}/%2F"
 
 
 @contextmanager
