@@ -40,7 +40,7 @@ def main(context: click.Context, scale: float, runs: int, file: Path | None, pic
 
 
 def measure(sized: Sequence[tuple[Benchmark, Size]], file: Path | None, picture: Path | None) -> None:
-    """Run benchmarks on one server, print, and write what was asked for. What is done is written if one fails."""
+    """Run benchmarks on one server, print, and write what was asked for; if one fails, what was measured before it."""
     if picture is not None and not plot.available():
         raise click.UsageError("--plot needs matplotlib: pip install 'durable-pg[bench]'")
     console, measures = Console(), list[Measure]()
@@ -56,8 +56,10 @@ def measure(sized: Sequence[tuple[Benchmark, Size]], file: Path | None, picture:
                 report.show(console, about, measures)
             if file is not None:
                 report.write_json(file, about, measures)
-            if picture is not None and measures:
-                plot.draw(picture, measures, about)
+            # Of everything the picture shows the peers: a panel for each of some thirty measures is none.
+            shown = [one for one in measures if len(sized) == 1 or one.what.startswith("peers")]
+            if picture is not None and shown:
+                plot.draw(picture, shown, about)
 
 
 def _command(one: Benchmark) -> click.Command:
