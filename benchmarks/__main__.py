@@ -67,12 +67,20 @@ def _command(one: Benchmark) -> click.Command:
         measure([(one, Size(count, runs, tuple(int(text) for text in processes.split(","))))], file, picture)
 
     run.__doc__ = one.help
-    default = ",".join(map(str, one.processes))
-    shared = {"show_default": True, "default": default, "help": "Worker processes, a comma between runs."}
-    command = click.option("--processes", **shared)(output_options(run))
-    command = click.option("--count", default=one.count, show_default=True, help=f"{one.of[0].upper()}{one.of[1:]}.")(
-        command
+    processes = click.option(
+        "--processes",
+        default=",".join(map(str, one.processes)),
+        show_default=True,
+        help="Worker processes, a comma between runs.",
     )
+    count = click.option(
+        "--count",
+        default=one.count,
+        show_default=True,
+        help=f"{one.of[0].upper()}{one.of[1:]}.",
+        type=click.IntRange(1),
+    )
+    command = count(processes(output_options(run)))
     return click.command(one.name)(command)
 
 
