@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,4 +90,6 @@ for benchmark in BENCHMARKS:
     main.add_command(_command(benchmark))
 
 if __name__ == "__main__":
+    # What was started is stopped when somebody ends the benchmark, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

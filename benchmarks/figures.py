@@ -60,10 +60,12 @@ class Measure:
     def reached(self, target: Target) -> float | None:
         """Return the figure a target is about, or None when it was not measured."""
         subject = self.find(target.subject)
-        if subject is None or target.base is None:
-            return subject and subject.median
+        if subject is None:
+            return None
+        if target.base is None:
+            return subject.median
         base = self.find(target.base)
-        return base and ratio(subject, base)
+        return None if base is None else ratio(subject, base)
 
     def met(self, target: Target) -> bool | None:
         """Return whether a target is met, or None when it was not measured."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from benchmarks.database import Database, wait_for_count
-from benchmarks.figures import OURS, Measure, Target, interleave_many
+from benchmarks.figures import OURS, Measure, Series, Target, interleave_many
 from benchmarks.processes import private_mb
 from benchmarks.registry import Size
 from benchmarks.workers import worker
@@ -41,10 +41,8 @@ def memory(database: Database, size: Size) -> list[Measure]:
     """Look at the private memory of prefork children after some tasks and after twenty times as many."""
     measures = []
     for processes in size.processes:
-        found = interleave_many(size.runs, {"child": partial(run, database, processes, size.count)})
-        for name, (series,) in found.items():
-            series.name = name
-        series = [only for (only,) in found.values()]
+        found = interleave_many(size.runs, {OURS: partial(run, database, processes, size.count)})
+        series = [Series(name, one.runs) for name, (one,) in found.items()]
         what = f"private memory per prefork child, {size.count // FIRST:,} tasks (early) and {size.count:,} (late)"
         targets = [Target(EARLY, 15.0, None, True), Target(LATE, 1.1, EARLY, True)]
         measures.append(Measure(what, "MB", series, targets))

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.figures import FLOOR, OURS, Measure
 
 COLOURS = {FLOOR: "#9aa5b1", OURS: "#1f6feb"}
+"""By a contender's name up to a comma; OTHERS for everybody else."""
 OTHERS = "#d0893c"
 
 
@@ -36,7 +37,7 @@ def draw(path: Path, measures: Sequence[Measure], about: dict[str, str]) -> None
             [middle - min(one.runs) for one, middle in zip(bars, middles, strict=True)],
             [max(one.runs) - middle for one, middle in zip(bars, middles, strict=True)],
         ]
-        colours = [COLOURS.get(one.name, OTHERS) for one in bars]
+        colours = [COLOURS.get(one.name.split(",")[0], OTHERS) for one in bars]
         drawn = panel.barh([one.name for one in bars], middles, color=colours, xerr=ranges, ecolor="#444", height=0.7)
         panel.bar_label(drawn, [f" {middle:,.{0 if middle >= 100 else 2}f}" for middle in middles], fontsize=8)
         panel.set_title(f"{measure.what} ({measure.unit})", fontsize=9, loc="left")

@@ -21,11 +21,21 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Finished:
-    """How many tasks ended well, and when the first and the last did, in seconds of one clock."""
+    """How many tasks ended well, and when the first and the last did, in seconds of one clock.
+
+    before  how many had ended by `first`, if that is only when somebody looked
+    """
 
     count: int
     first: float
     last: float
+    before: int = 0
+
+    def rate(self) -> float:
+        """Return how many ended per second. Raises ValueError when too few did after the first look."""
+        if self.last <= self.first or 2 * self.before >= self.count:
+            raise ValueError(f"{self.count} tasks that end in one moment tell no rate: take more")
+        return (self.count - self.before) / (self.last - self.first)
 
 
 class Peer(ABC):
@@ -109,7 +119,7 @@ class RedisResults(Peer):
     look = 0.01
 
     def __init__(self) -> None:
-        self._first: float | None = None
+        self._first: tuple[float, int] | None = None
 
     @property
     def results(self) -> str:
@@ -117,15 +127,16 @@ class RedisResults(Peer):
         return f"{os.environ['BENCH_REDIS']}/1"
 
     def finished(self) -> Finished:
-        """Count keys; the first time is when some were seen first."""
+        """Count keys; the first time is when some were first seen."""
         from redis import Redis
 
         with Redis.from_url(self.results) as client:
             count = int(client.dbsize())
         now = time.monotonic()
         if count and self._first is None:
-            self._first = now
-        return Finished(count, self._first or now, now)
+            self._first = (now, count)
+        first, before = self._first or (now, 0)
+        return Finished(count, first, now, before)
 
 
 def installed(distribution: str) -> str | None:

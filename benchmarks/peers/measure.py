@@ -84,6 +84,31 @@ def working(kind: type[Peer], environment: Mapping[str, str], processes: int) ->
                 worker.wait()
 
 
+def watched(kind: type[Peer], environment: Mapping[str, str], processes: int, count: int) -> float:
+    """Return how many of `count` end per second; who looks is there before the workers are. Raises PeerFailed."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peers", kind.__name__, "watch", str(count)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert watcher.stdout is not None
+        watcher.stdout.readline()
+        with working(kind, environment, processes):
+            said, wrong = watcher.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        raise PeerFailed(f"not every one of {count} tasks ended within {LIMIT:g} s") from error
+    finally:
+        watcher.kill()
+        watcher.communicate()
+    if watcher.returncode != 0:
+        raise PeerFailed(f"watch: {(wrong.strip() or 'it ended').splitlines()[-1]}")
+    return float(said)
+
+
 @contextmanager
 def prepared(kind: type[Peer], database: Database, environment: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
     """A peer with an empty database of its own, and the environment for its acts."""
@@ -116,8 +141,7 @@ def drained(
             with psycopg.connect(own["BENCH_POSTGRES"], autocommit=True) as connection:
                 connection.execute("VACUUM ANALYZE")
                 connection.execute("CHECKPOINT")
-        with working(kind, own, processes):
-            return float(act(kind, own, "watch", count))
+        return watched(kind, own, processes, count)
 
 
 def started(kind: type[Peer], database: Database, environment: Mapping[str, str], count: int) -> list[float]:
@@ -212,8 +236,7 @@ def _chain(kind: type[Peer], database: Database, environment: Mapping[str, str],
     ends = count * (steps.STEPS if kind.name.startswith("celery") else 1)
     with prepared(kind, database, environment) as own:
         act(kind, own, "chains", count)
-        with working(kind, own, 2):
-            rate = float(act(kind, own, "watch", ends))
+        rate = watched(kind, own, 2, ends)
     return rate if ends > count else rate * steps.STEPS
 
 

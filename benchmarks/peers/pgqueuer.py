@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from benchmarks import stamps
@@ -21,11 +23,9 @@ class _PgQueuer(PostgresPeer):
         " FROM pgqueuer_log WHERE status = 'successful'"
     )
 
-    @asynccontextmanager
-    async def driver(self) -> Any:
-        """Yield a connected driver."""
-        raise NotImplementedError
-        yield
+    @abstractmethod
+    def driver(self) -> AbstractAsyncContextManager[Any]:
+        """Return a connected driver."""
 
     def prepare(self) -> None:
         from pgqueuer.queries import Queries
@@ -83,7 +83,7 @@ class PgQueuerAsyncpg(_PgQueuer):
     distributions = ("pgqueuer", "asyncpg")
 
     @asynccontextmanager
-    async def driver(self) -> Any:
+    async def driver(self) -> AsyncIterator[Any]:
         import asyncpg
         from pgqueuer.db import AsyncpgDriver
         from psycopg.conninfo import conninfo_to_dict
@@ -108,7 +108,7 @@ class PgQueuerPsycopg(_PgQueuer):
     distributions = ("pgqueuer", "psycopg")
 
     @asynccontextmanager
-    async def driver(self) -> Any:
+    async def driver(self) -> AsyncIterator[Any]:
         import psycopg
         from pgqueuer.db import PsycopgDriver
 

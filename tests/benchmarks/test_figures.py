@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.figures import FLOOR, OURS, Measure, Series, Target, interleave, interleave_many, percentile, ratio
+from benchmarks.peers.base import Finished
 
 
 def test_the_median_of_an_even_number_of_runs_lies_between_the_middle_ones() -> None:
@@ -110,3 +111,14 @@ def test_table_and_json_say_the_figure_the_ratio_the_verdict_and_what_is_missing
     }  # fmt: skip
     assert "median" not in written["series"][2]
     assert [target["met"] for target in written["targets"]] == [True, None]
+
+
+def test_what_had_ended_before_the_first_look_is_not_in_a_peers_rate() -> None:
+    assert Finished(100, 10.0, 12.0).rate() == 50.0
+    assert Finished(100, 10.0, 12.0, before=40).rate() == 30.0
+
+
+@pytest.mark.parametrize("found", [Finished(100, 10.0, 10.0), Finished(100, 10.0, 12.0, before=50)])
+def test_a_peer_that_was_over_at_the_first_look_has_no_rate(found: Finished) -> None:
+    with pytest.raises(ValueError, match="100 tasks that end in one moment tell no rate"):
+        found.rate()
