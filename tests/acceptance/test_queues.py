@@ -185,7 +185,7 @@ def test_a_queues_processes_become_more_and_fewer_while_it_runs_and_no_step_is_c
     worker.started("durable:other")
 
     set_concurrency(app, 1)
-    wait_until(lambda: "1 worker processes instead of 3" in worker.output(), what="the order")
+    wait_until(lambda: "a concurrency of 1 instead of 3" in worker.output(), what="the order")
     time.sleep(0.5)  # longer than a drain may take
     assert len(worker.children("durable:default")) == 3
     go.touch()
@@ -219,7 +219,7 @@ def test_autoscale_adds_processes_while_work_waits_and_not_while_it_does_not(
     go.touch()
     for result in results:
         result.get(timeout=20)
-    wait_until(lambda: "2 worker processes instead of 3" in worker.output(), 30, what="one fewer when all are idle")
+    wait_until(lambda: "a concurrency of 2 instead of 3" in worker.output(), 30, what="one fewer when all are idle")
 
 
 def test_a_child_that_dies_at_once_is_not_replaced_faster_for_spare_places(
