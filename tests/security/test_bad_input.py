@@ -177,12 +177,13 @@ def test_a_wrong_option_is_refused_wherever_it_is_given(
 ) -> None:
     keep = shop.find_task("keep")
     before = left(rows)
-    calls: list[Callable[[], Any]] = [
-        lambda: keep.apply_async((1,), **options),
-        lambda: shop.insert("keep", **options),
-        *([] if {"eta", "countdown"} & set(options) else [lambda: shop.insert("order", **options)]),
-        lambda: shop.insert_many([("keep", {}), ("keep", options)]),
-    ]
+    calls: list[Callable[[], Any]] = [lambda: keep.apply_async((1,), **options)]
+    if not {"eta", "countdown"} & set(options):  # words of apply_async alone
+        calls += [
+            lambda: shop.insert("keep", **options),
+            lambda: shop.insert("order", **options),
+            lambda: shop.insert_many([("keep", {}), ("keep", options)]),
+        ]
     for call in calls:
         with pytest.raises((ValidationError, TypeError), match=says):
             call()
