@@ -26,11 +26,20 @@ def _seeds(text: str) -> list[int]:
 @click.option("--seconds", default=60.0, show_default=True, help="How long the storm of one seed lasts.")
 @click.option("--workers", default=3, show_default=True, help="Worker commands.")
 @click.option("--children", default=2, show_default=True, help="Worker processes of each.")
-@click.option("--only", default="", help="Faults to draw from, by name, a comma between: " + ", ".join(f.name for f in FAULTS))
+@click.option(
+    "--only", default="", help="Faults to draw from, by name, a comma between: " + ", ".join(f.name for f in FAULTS)
+)
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep logs there, whatever the verdict.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
-    seed: int | None, seeds: str, seconds: float, workers: int, children: int, only: str, keep: Path | None, as_json: bool
+    seed: int | None,
+    seeds: str,
+    seconds: float,
+    workers: int,
+    children: int,
+    only: str,
+    keep: Path | None,
+    as_json: bool,
 ) -> None:
     """Hurt a working fleet, and decide whether every promise held. Exit code 1 if one did not."""
     chosen = [name.strip() for name in only.split(",") if name.strip()]

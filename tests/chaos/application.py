@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 from durable import Await, ConcurrencyLimit, Done, Durable, Machine, Next, RateLimit, ScheduleChildren, every, step
-from durable.retry import RetryPolicy
 from tests.chaos.effects import effect
 
 SCHEMA = "chaos"
@@ -174,4 +173,3 @@ def build(generation: int = 1) -> Durable:
 
 TASKS_PY = "from tests.chaos.application import build\n\napp = build(generation={generation})\n"
 """The file that workers load; a deploy writes it anew."""
-assert RetryPolicy

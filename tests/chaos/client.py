@@ -180,7 +180,7 @@ class Producer:
         for i in range(spec.signals if not spec.cancel else 0):
             for _ in range(self._dice.choice((1, 1, 2))):
                 at = now + self._dice.choice((0.0, self._dice.uniform(0, 2)))
-                self._due.append((at, lambda i=i: signal_once(self.log, self.app, instance_id, spec.key, i)))  
+                self._due.append((at, lambda i=i: signal_once(self.log, self.app, instance_id, spec.key, i)))
         if spec.cancel:
             at = now + self._dice.uniform(0, 1.5)
             self._due.append((at, lambda: cancel(self.log, self.app, instance_id, spec.key)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import psycopg
 
 from durable import Durable
 from durable.embedded import Server
-from tests.chaos.application import PASSWORD, SCHEMA, TASKS_PY, build
+from tests.chaos.application import PASSWORD, TASKS_PY, build
 from tests.chaos.proxy import Proxy
 from tests.chaos.recorder import publish
 from tests.fix_app import FAST_SETTINGS, Command
@@ -31,7 +30,7 @@ LEASE = float(FAST_SETTINGS["DURABLE_LEASE_TTL"])
 SETTINGS = {
     "wal_level": "logical",
     "synchronous_commit": "on",
-    "fsync": "on",
+    "fsync": "off",  # what crashes here is the server, not the machine: what it has written is there
     "deadlock_timeout": "50ms",
     "log_min_messages": "warning",
     "max_wal_size": "4GB",
@@ -87,6 +86,10 @@ class Place:
 
     def _start(self) -> Command:
         return Command(self._folder, self._arguments, {**self._environment, **self.extra})
+
+    def children(self, title: str = "durable:") -> list[int]:
+        """Pids of its living children whose process name begins so; cheap, since faults look often."""
+        return family(self.command.pid, title)
 
     def tend(self) -> None:
         """Start it again if it has ended."""
@@ -230,6 +233,24 @@ def _signal(pid: int, number: int) -> None:
         pass  # it has died meanwhile
 
 
+def family(parent: int, title: str) -> list[int]:
+    """Pids of a process's living children whose name begins with `title`."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        try:
+            pids = task.read_text().split()
+        except OSError:
+            continue  # that thread has ended
+        for pid in pids:
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text()
+            except OSError:
+                continue
+            if name.startswith(title) and alive(int(pid)):
+                found.append(int(pid))
+    return sorted(found)
+
+
 def alive(pid: int) -> bool:
     """Whether a process is there, and no zombie."""
     try:
@@ -241,6 +262,3 @@ def alive(pid: int) -> bool:
 def dump(path: Path, rows: Any) -> None:
     """Write rows as JSON, for people."""
     path.write_text(json.dumps(rows, default=str, indent=0))
-
-
-assert random and SCHEMA

@@ -67,7 +67,7 @@ def taken(places: list[Place], dice: random.Random) -> Iterator[Place]:
     for place in dice.sample(places, len(places)):
         if place.lock.acquire(blocking=False):
             try:
-                until(lambda place=place: place.command.children("durable:"), 15, f"a process of {place.name}")  # type: ignore[misc]
+                until(lambda place=place: place.children("durable:"), 15, f"a process of {place.name}")  # type: ignore[misc]
                 yield place
             finally:
                 place.lock.release()
@@ -76,7 +76,7 @@ def taken(places: list[Place], dice: random.Random) -> Iterator[Place]:
 
 
 def children(place: Place, title: str) -> list[int]:
-    found = place.command.children(title)
+    found = place.children(title)
     if not found:
         raise Missed(f"{place.name} has no {title}")
     return found
@@ -122,7 +122,7 @@ class KillAgent(Fault):
             (victim, *_) = children(place, AGENT)
             os.kill(victim, signal.SIGKILL)
             until(lambda: not alive(victim), 5, "its death")
-            until(lambda: place.command.children(AGENT) not in ([], [victim]), 15, "another agent")
+            until(lambda: place.children(AGENT) not in ([], [victim]), 15, "another agent")
             return {"pids": [victim]}
 
 
@@ -215,9 +215,9 @@ class StopBeat(Fault):
         place = dice.choice(world.fleet.beats)
         with place.lock:
             pid = place.command.pid
-            with stopped([pid, *place.command.children("durable:")]):
+            with stopped([pid, *place.children("durable:")]):
                 time.sleep(LEASE + 0.5)
-                buried(world, [pid, *place.command.children("durable:")], 6)
+                buried(world, [pid, *place.children("durable:")], 6)
             return {"pids": [pid]}
 
 
@@ -251,7 +251,9 @@ class CrashPostgres(Fault):
         away = dice.choice((0.0, 0.0, 0.5, LEASE + 0.5))
         world.postgres.crash(away)
         with world.postgres.connect() as connection:
-            row = connection.execute("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())").fetchone()
+            row = connection.execute(
+                "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"
+            ).fetchone()
         ended = time.monotonic()
         world.restarts.append((began, ended))
         if row is None or row[0] > ended - began:
@@ -347,7 +349,7 @@ class Reload(Fault):
             old = children(place, CHILD)
             generation = world.fleet.deploy()
             place.command.process.send_signal(signal.SIGHUP)
-            until(lambda: (now := place.command.children(CHILD)) and not set(now) & set(old), 20, "new processes")
+            until(lambda: (now := place.children(CHILD)) and not set(now) & set(old), 20, "new processes")
             return {"generation": generation}
 
 

@@ -329,20 +329,32 @@ def agrees(record: Record, model: Replay) -> Iterator[Violation]:
     for row in record.rows:
         last = everyone.get(row["id"])
         if last is None or (last["status"], int(last["version"])) != (row["status"], row["version"]):
-            yield Violation("I-6", f"instance {row['id']} is {row['status']}, its history says {last and last['status']}")
+            yield Violation(
+                "I-6", f"instance {row['id']} is {row['status']}, its history says {last and last['status']}"
+            )
     ids = {row["id"] for row in record.rows}
     for instance in everyone.keys() - ids:
         yield Violation("I-1", f"instance {instance} was committed, and is not there")
     for call in record.calls:
-        if call.op == "signal" and call.outcome == "ok" and model.delivered[call.asked["target"], call.asked["dedup"]] != 1:
-            yield Violation("I-32", f"signal {call.asked['dedup']} of {call.asked['target']} was acknowledged, and is not there")
+        if (
+            call.op == "signal"
+            and call.outcome == "ok"
+            and model.delivered[call.asked["target"], call.asked["dedup"]] != 1
+        ):
+            yield Violation(
+                "I-32", f"signal {call.asked['dedup']} of {call.asked['target']} was acknowledged, and is not there"
+            )
     done = {(one.instance, one.version, one.token) for one in record.effects if one.kind == "out"}
     for instance, version, token, machine in model.outcomes:
         if (instance, version, token) not in done:
-            yield Violation("I-14", f"{machine} {instance} committed version {version} of token {token} that nobody ran")
+            yield Violation(
+                "I-14", f"{machine} {instance} committed version {version} of token {token} that nobody ran"
+            )
     for effect in record.effects:
         since = model.seen.get((effect.instance, effect.version))
         if since is None:
             yield Violation("I-10", f"instance {effect.instance} ran at version {effect.version}, which never was")
         elif since > effect.wall + 0.05 and abs(since - effect.wall) < 1800:
-            yield Violation("I-10", f"instance {effect.instance} ran {since - effect.wall:.3f} s before version {effect.version}")
+            yield Violation(
+                "I-10", f"instance {effect.instance} ran {since - effect.wall:.3f} s before version {effect.version}"
+            )

@@ -9,8 +9,8 @@ from typing import Any
 from tests.chaos.application import CANARY, GATE, RATE
 
 SHARES = {
-    "chain": 34, "job": 14, "keyed": 9, "gated": 8, "rated": 6, "collector": 12, "timer": 3, "fan": 3, "ledger": 5,
-    "victim": 5, "poison": 0.15,
+    "chain": 44, "job": 12, "keyed": 5, "gated": 4, "rated": 3, "collector": 12, "timer": 3, "fan": 4, "ledger": 4,
+    "victim": 4, "poison": 0.12,
 }  # fmt: skip
 """The mix, in parts."""
 
@@ -45,8 +45,8 @@ def draw(key: str, dice: random.Random) -> Spec:
     options: dict[str, Any] = {"priority": dice.randrange(3)}
     match kind:
         case "chain":
-            given = {"k": key, "i": 0, "n": dice.randint(1, 12), "inline": dice.random() < 0.4, "canary": CANARY}
-            given["hold"] = dice.choice((0, 0, 0, 0, 0.003, 0.02))
+            given = {"k": key, "i": 0, "n": dice.randint(1, 30), "inline": dice.random() < 0.6, "canary": CANARY}
+            given["hold"] = dice.choice((0, 0, 0, 0, 0, 0, 0.002, 0.01))
             if dice.random() < 0.15:
                 options["schedule_in"] = round(dice.uniform(0.1, 2.0), 3)
             return Spec(key, kind, "chain", given, options)

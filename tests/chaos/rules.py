@@ -124,8 +124,15 @@ def what_was_read_stays(record: Record) -> Iterator[Violation]:
     """I-19: an end that a client saw is the end."""
     ends = {row["id"]: row["status"] for row in record.rows}
     for call in record.calls:
-        if call.op == "look" and call.outcome == "ok" and call.value in TERMINAL and call.value != ends[call.asked["target"]]:
-            yield Violation("I-19", f"instance {call.asked['target']} was {call.value}, and is {ends[call.asked['target']]}")
+        if (
+            call.op == "look"
+            and call.outcome == "ok"
+            and call.value in TERMINAL
+            and call.value != ends[call.asked["target"]]
+        ):
+            yield Violation(
+                "I-19", f"instance {call.asked['target']} was {call.value}, and is {ends[call.asked['target']]}"
+            )
 
 
 def writes_are_exactly_once(record: Record) -> Iterator[Violation]:
@@ -148,7 +155,12 @@ def writes_are_exactly_once(record: Record) -> Iterator[Violation]:
 def effects_have_their_counter(record: Record) -> Iterator[Violation]:
     """I-9: the counter in the state of a chain is the number of its committed outcomes, at every step."""
     for effect in record.effects:
-        if effect.kind == "in" and effect.mark[0] == "i" and effect.mark[1:].isdigit() and int(effect.mark[1:]) != effect.version:
+        if (
+            effect.kind == "in"
+            and effect.mark[0] == "i"
+            and effect.mark[1:].isdigit()
+            and int(effect.mark[1:]) != effect.version
+        ):
             yield Violation("I-9", f"instance {effect.instance} ran step {effect.mark} at version {effect.version}")
 
 
@@ -163,7 +175,9 @@ def effects_run_once_per_claim(record: Record) -> Iterator[Violation]:
             # A step whose connection was lost runs again on its claim.
             if one.machine != "ledger" and not any(b <= other.at and e >= one.at - 1 for b, e in record.restarts):
                 yield Violation("I-15", f"instance {instance} entered version {version} twice on token {token}")
-    crashed = Counter((one.instance, one.version) for found in entries.values() for one in found if one.machine == "poison")
+    crashed = Counter(
+        (one.instance, one.version) for found in entries.values() for one in found if one.machine == "poison"
+    )
     for (instance, version), count in crashed.items():
         if count > MAX_CRASHES + len(record.restarts):
             yield Violation("I-17", f"poison {instance} was entered {count} times")
@@ -181,7 +195,11 @@ def exclusive_effects(record: Record) -> Iterator[Violation]:
             elif name in open_:
                 begun = open_.pop(name)
                 spans[effect.mark].append((begun.at, effect.at, begun))
-    pauses = [(fault["t"], fault["end"]) for fault in record.faults if fault["kind"].startswith(("stop", "net", "crash", "lock"))]
+    pauses = [
+        (fault["t"], fault["end"])
+        for fault in record.faults
+        if fault["kind"].startswith(("stop", "net", "crash", "lock"))
+    ]
     for key, of_key in spans.items():
         of_key.sort(key=lambda span: span[0])
         for (_, ended, one), (began, _, other) in zip(of_key, of_key[1:], strict=False):
@@ -196,7 +214,9 @@ def no_orphans(record: Record) -> Iterator[Violation]:
         if fault["kind"] == "kill-supervisor" and fault["bitten"]:
             if fault["orphans_for"] > 2:
                 yield Violation("I-43", f"children lived {fault['orphans_for']:.1f} s after their parent")
-            late = [one for one in record.effects if one.pid in fault["pids"] and fault["end"] < one.at < fault["end"] + 60]
+            late = [
+                one for one in record.effects if one.pid in fault["pids"] and fault["end"] < one.at < fault["end"] + 60
+            ]
             if late:
                 yield Violation("I-43", f"{len(late)} effects of children of a dead parent")
 

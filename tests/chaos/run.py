@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
 from durable import Durable
 from tests.chaos import client, effects, history_rules, record, rules
 from tests.chaos.cluster import Fleet, Postgres, dump, prepare
@@ -228,6 +226,3 @@ def _keep(folder: Path, found: Record, verdict: Verdict) -> None:
             for commit in found.history:
                 for kind, table, row in commit.changes:
                     file.write(f"{commit.lsn:X} {commit.at:.6f} {kind} {table} {row}\n")
-
-
-assert psycopg
