@@ -16,7 +16,8 @@ RATE, PER_SECOND, BURST = "mail", 40, 5
 TICK = 0.5
 CANARY = "canary-in-the-payload"
 """Part of every payload; must be in no log."""
-PASSWORD = "canary-in-the-dsn"  # noqa: S105 - the server asks for none
+PASSWORD = "canary-in-the-dsn"
+"""Part of every DSN, though the server asks for none; must be in no log and no process title."""
 MAX_CRASHES = 3
 
 

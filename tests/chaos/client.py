@@ -1,4 +1,4 @@
-"""A producer process: `python -m tests.chaos.client NAME SEED LOG`. What it asked for and what it was told goes into its log.
+"""A producer process: `python -m tests.chaos.client NAME SEED LOG`. What it asks for and is told goes into its log.
 
 Each call is two lines: `invoke` before it, and afterwards `ok`, `fail` (definite: nothing happened) or `unknown` (the
 connection was lost, or nothing answered in time: it may have happened).
@@ -24,9 +24,9 @@ from durable.errors import DatabaseUnavailableError, DurableError, NoTargetError
 from tests.chaos.application import SCHEMA, build
 from tests.chaos.model import Spec, draw
 
-BACKLOG = 500
+BACKLOG = 150
 """Rows that may run, beyond which nobody inserts."""
-BATCH = 24
+BATCH = 16
 WAITING = f"""SELECT count(*) FROM (
     SELECT FROM {SCHEMA}.instances WHERE status IN ('runnable', 'executing') AND lane IS NULL LIMIT %s) AS w"""
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +227,8 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it has died meanwhile
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it has died meanwhile
 
 
 def family(parent: int, title: str) -> list[int]:

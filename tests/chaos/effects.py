@@ -48,7 +48,8 @@ def _write(line: str) -> None:
 def effect(ctx: Any, mark: str = "-") -> Iterator[None]:
     """Note that a step was entered, and that its code came to its end."""
     claimed = ctx._claimed  # the fence is no part of the public context
-    rest = f"{claimed.id} {claimed.version} {claimed.token} {ctx.step} {ctx.name} {ctx.attempt} {os.getpid()} {ctx.app.generation}"
+    rest = f"{claimed.id} {claimed.version} {claimed.token} {ctx.step} {ctx.name} {ctx.attempt}"
+    rest += f" {os.getpid()} {ctx.app.generation}"
     _write(f"in {rest} {time.monotonic():.6f} {time.time():.3f} {mark}\n")
     yield
     _write(f"out {rest} {time.monotonic():.6f} {time.time():.3f} {mark}\n")

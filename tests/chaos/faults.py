@@ -229,7 +229,8 @@ class TerminateBackends(Fault):
     def make(self, world: World, dice: random.Random) -> Made:
         with world.postgres.connect() as connection:
             pids = [row[0] for row in connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+                " AND backend_type = 'client backend'"
                 " AND application_name NOT LIKE 'chaos%' ORDER BY pid")]  # fmt: skip
             chosen = dice.sample(pids, dice.choice((1, 2, 4, len(pids))) if len(pids) >= 4 else len(pids))
             if not chosen:

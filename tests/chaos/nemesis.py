@@ -1,4 +1,4 @@
-"""When which fault is made: drawn from the seed before the run. Each runs in a thread of its own, so that they overlap."""
+"""When which fault is made: drawn from the seed before the run. Each runs in a thread of its own: they overlap."""
 
 from __future__ import annotations
 

@@ -18,15 +18,17 @@ from tests.chaos.application import SCHEMA
 
 SLOT = "chaos"
 PUBLISHED = {
-    "instances": "id, status, token, version, attempt, crashes, worker_id, concurrency_key, rate_limit, weight, gate_shard,"
-    " cancel_requested, parent_id, parent_round, children_pending, children_round, machine, step, eligible_at,"
-    " finished_at, awaits, shown",
+    "instances": "id, status, token, version, attempt, crashes, worker_id, concurrency_key, rate_limit, weight,"
+    " gate_shard, cancel_requested, parent_id, parent_round, children_pending, children_round, machine, step,"
+    " eligible_at, finished_at, awaits, shown",
     "history": "id, finished_at, status, token, version, crashes, worker_id, parent_id, parent_round, machine",
     "signals": "id, target_id, name, dedup_key, consumed",
     "schedules": "name, next_at, fired, skipped",
     "buckets": "bucket, shard, full_at",
 }
 """What the checker reads of each table."""
+SECONDS = 5.0
+"""Between two looks: each decodes again what has been written since the slot's last restart point."""
 _EPOCH = 946_684_800.0  # 2000-01-01, from which Postgres counts
 
 Row = dict[str, Any]
@@ -136,7 +138,7 @@ class Recorder:
         while not self._stop.is_set():
             try:
                 with psycopg.connect(self._dsn, autocommit=True, application_name="chaos recorder") as connection:
-                    while not self._stop.wait(0.25):
+                    while not self._stop.wait(SECONDS):
                         while self._read(connection):
                             pass
             except psycopg.Error as error:
@@ -149,7 +151,7 @@ class Recorder:
         decoder = Decoder()
         seen = self.transactions[-1].lsn if self.transactions else 0
         rows = connection.execute(
-            "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, 5000,"
+            "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, 100000,"
             " 'proto_version', '1', 'publication_names', %s)",
             [SLOT, SLOT], binary=True,
         ).fetchall()  # fmt: skip
@@ -160,4 +162,4 @@ class Recorder:
         if decoder.end:
             high, low = divmod(decoder.end, 2**32)
             connection.execute("SELECT pg_replication_slot_advance(%s, %s)", [SLOT, f"{high:X}/{low:X}"])
-        return len(rows) >= 5000
+        return len(rows) >= 100000

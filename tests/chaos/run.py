@@ -21,8 +21,9 @@ from tests.chaos.record import TERMINAL, Record, Violation
 from tests.chaos.recorder import Recorder
 
 WARM_UP = 60.0
-REST = 90.0
-"""Seconds in which everything must have ended once the faults are over."""
+REST = 45.0
+"""Seconds without any progress, the faults over, after which what is left is stuck."""
+LONGEST_REST = 400.0
 LOST, DOUBLED = ("I-1", "I-6", "I-32"), ("I-5", "I-11", "I-12", "I-33", "I-34")
 
 
@@ -58,7 +59,8 @@ class Verdict:
         kinds = " ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items()))
         return (
             f"seed {self.seed}: {self.injected} faults ({kinds}; did not bite {sum(self.missed.values())}),"
-            f" {self.instances} instances, {self.steps} steps, {self.signals} signals, {self.unknown} calls of unknown end,"
+            f" {self.instances} instances, {self.steps} steps, {self.signals} signals,"
+            f" {self.unknown} calls of unknown end,"
             f" {self.taken_back} rows taken back, {self.repeated} steps repeated,"
             f" lost {self.lost}, doubled {self.doubled}, violations {len(self.violations)}, {self.took:.0f} s"
         )
@@ -129,7 +131,7 @@ def _storm(
         phases.note("storm")
         found.logs["process titles"] = _titles()
         fleet.stop_producers()
-        settle(app, postgres, fleet.clients, REST)
+        settle(app, postgres, fleet.clients)
         phases.note("settled")
         found.exits = fleet.stop()
         phases.note("stopped")
@@ -158,19 +160,23 @@ class _Phases:
         self._last = now
 
 
-def settle(app: Durable, postgres: Postgres, clients: Path, seconds: float) -> None:
-    """Send what is still waited for, as any client might that knows the specs; wait until nothing is left, or no longer."""
+def settle(app: Durable, postgres: Postgres, clients: Path) -> None:
+    """Send what is still waited for, as a client might that knows the specs; wait until nothing is left, or moves."""
     log = client.Log(clients / "settler.jsonl")
     specs = {spec["key"]: Spec(**spec) for call in record.read_calls(clients) if call.op == "insert"
              for spec in call.asked["specs"]}  # fmt: skip
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    moved = began = time.monotonic()
+    before = None
+    while time.monotonic() < min(moved + REST, began + LONGEST_REST):
         found = Record()
         with postgres.connect() as connection:
             record.read_tables(connection, found)
         left = [row for row in found.rows if row["status"] not in TERMINAL and row["machine"] != "tick"]
         if not left:
             return
+        now = [(row["id"], row["token"], row["version"]) for row in left]
+        if now != before:
+            moved, before = time.monotonic(), now
         for row in left:
             spec = specs.get(record.key_of(row) or "")
             if spec is None or row["parent_id"] is not None or row["cancel_requested"]:

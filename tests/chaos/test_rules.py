@@ -125,11 +125,13 @@ def overlap(record: Record) -> None:
 
 
 def orphans(record: Record) -> None:
-    record.faults.append({"kind": "kill-supervisor", "bitten": True, "orphans_for": 0.1, "pids": [99], "t": 5, "end": 9})
+    killed = {"kind": "kill-supervisor", "bitten": True, "orphans_for": 0.1, "pids": [99]}
+    record.faults.append({**killed, "t": 5, "end": 9})
 
 
 def slow_orphans(record: Record) -> None:
-    record.faults.append({"kind": "kill-supervisor", "bitten": True, "orphans_for": 6.0, "pids": [1], "t": 5, "end": 9})
+    killed = {"kind": "kill-supervisor", "bitten": True, "orphans_for": 6.0, "pids": [1]}
+    record.faults.append({**killed, "t": 5, "end": 9})
 
 
 def bad_exit(record: Record) -> None:
