@@ -5,7 +5,8 @@ client       a producer process: inserts, signals, cancels, and its log of what 
 cluster      the server under test, and the processes of the fleet
 proxy        delays, cuts and half-opens connections, and swallows answers
 recorder     the database's own history: logical decoding, in commit order
-faults       the table of faults; nemesis: when which one is made
+faults       what is done to processes; surroundings: to the server, its disk, the network, the clocks
+table        all of them; nemesis: when which one is made
 record       what the checker reads;  rules, wal_rules: what it decides
 run          one seed from beginning to end                                     <- START HERE
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import click
 
-from tests.chaos.faults import FAULTS
 from tests.chaos.run import Verdict, run_seed
+from tests.chaos.table import FAULTS
 
 
 def _seeds(text: str) -> list[int]:
@@ -63,6 +64,8 @@ def tell(verdict: Verdict, options: str) -> None:
     click.echo(verdict.line())
     for name, why in verdict.skipped.items():
         click.echo(f"  skipped {name}: {why}")
+    for rule, count in sorted(Counter(violation.rule for violation in verdict.violations).items()):
+        click.echo(f"  {rule} {count} times")
     for violation in verdict.violations[:20]:
         click.echo(f"  {violation.rule}: {violation.text}")
     if verdict.violations:

@@ -22,7 +22,7 @@ import psycopg
 from durable import Durable
 from durable.errors import DatabaseUnavailableError, DurableError, NoTargetError
 from tests.chaos.application import SCHEMA, build
-from tests.chaos.model import Spec, draw
+from tests.chaos.model import Spec, draw, poison
 
 BACKLOG = 150
 """Rows that may run, beyond which nobody inserts."""
@@ -115,7 +115,9 @@ class Producer:
 
     def _spec(self) -> Spec:
         self._made += 1
-        return draw(f"{self.name}-{self._made}", self._dice)
+        key = f"{self.name}-{self._made}"
+        # Poison is rare, since it costs its worker three processes; a short storm has it all the same.
+        return poison(key) if self._made == 7 else draw(key, self._dice)
 
     def _many(self) -> None:
         specs = [self._spec() for _ in range(BATCH)]
@@ -178,7 +180,7 @@ class Producer:
         self._known.append(instance_id)
         now = time.monotonic()
         for i in range(spec.signals if not spec.cancel else 0):
-            for _ in range(self._dice.choice((1, 1, 2))):
+            for _ in range(self._dice.choice((1, 2, 3))):
                 at = now + self._dice.choice((0.0, self._dice.uniform(0, 2)))
                 self._due.append((at, lambda i=i: signal_once(self.log, self.app, instance_id, spec.key, i)))
         if spec.cancel:

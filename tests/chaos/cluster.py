@@ -39,15 +39,57 @@ SETTINGS = {
 CHILD, AGENT, BEAT = "durable:default", "durable:agent", "durable:"
 
 
-class Postgres:
-    """A server that may be crashed: an embedded one in a home of its own."""
+class SmallDisk:
+    """A tmpfs for the tables, small enough to be filled. Needs root and mount(2)."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: Path, size: str = "400m") -> None:
+        self.path = where
+        where.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "chaos", str(where)],
+                       check=True, capture_output=True, text=True)  # fmt: skip
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Leave no room for the block."""
+        filler = self.path / "filler"
+        try:
+            with filler.open("wb") as file:
+                size = 0
+                for piece in (2**22, 2**16, 2**12):
+                    with suppress(OSError):  # no room for one more of that size
+                        while True:
+                            os.posix_fallocate(file.fileno(), size, piece)
+                            size += piece
+            yield
+        finally:
+            filler.unlink()
+
+    def close(self) -> None:
+        """Unmount it."""
+        subprocess.run(["umount", "-l", str(self.path)], check=True, capture_output=True)
+
+
+class Postgres:
+    """A server that may be crashed: an embedded one in a home of its own.
+
+    small_disk  its tables are on a disk that may be filled
+    """
+
+    def __init__(self, small_disk: bool = False) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="durable-chaos-"))
         self.home.chmod(0o755)
         self._server = Server(self.home, settings=SETTINGS)
         self.dsn = psycopg.conninfo.make_conninfo(self._server.ensure(), password=PASSWORD)
         self.lock = threading.Lock()
+        """Held by the fault that is done to it."""
+        self.disk: SmallDisk | None = None
+        if small_disk:
+            self.disk = SmallDisk(self.home / "small")
+            account = (self.home / "data").stat()
+            os.chown(self.disk.path, account.st_uid, account.st_gid)
+            with self.connect() as connection:
+                connection.execute(f"CREATE TABLESPACE small LOCATION '{self.disk.path}'")
+                connection.execute("ALTER DATABASE durable SET default_tablespace = small")
 
     def crash(self, away: float) -> None:
         """Stop it as a power cut of its processes would, and start it again after some seconds."""
@@ -67,6 +109,8 @@ class Postgres:
         """Stop it and remove what it kept."""
         self._server.release()
         self._server.stop("immediate")
+        if self.disk is not None:
+            self.disk.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
-"""The table of faults. Each is done to a target that a rule names, and says whether it has bitten.
+"""Faults, and those that are done to processes. Each hurts a target that a rule names, and says whether it has bitten.
 
-To add one: a subclass of Fault in FAULTS. `why_not` says why this machine can't; `make` returns what the fault log is
-to keep, or raises Missed when nothing was there to be hurt.
+To add one: a subclass of Fault, named in tests.chaos.table. `why_not` says why this machine can't; `make` returns what
+the fault log is to keep, or raises Missed when nothing was there to be hurt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,125 +221,6 @@ class StopBeat(Fault):
             return {"pids": [pid]}
 
 
-class TerminateBackends(Fault):
-    """pg_terminate_backend of some or all sessions that are not ours."""
-
-    name, weight = "terminate-backends", 4.0
-
-    def make(self, world: World, dice: random.Random) -> Made:
-        with world.postgres.connect() as connection:
-            pids = [row[0] for row in connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-                " AND backend_type = 'client backend'"
-                " AND application_name NOT LIKE 'chaos%' ORDER BY pid")]  # fmt: skip
-            chosen = dice.sample(pids, dice.choice((1, 2, 4, len(pids))) if len(pids) >= 4 else len(pids))
-            if not chosen:
-                raise Missed("no sessions")
-            ended = connection.execute("SELECT count(*) FROM unnest(%s) AS p WHERE pg_terminate_backend(p, 3000)",
-                                       [chosen]).fetchone()  # fmt: skip
-            if not ended or not ended[0]:
-                raise Missed("no session ended")
-            return {"sessions": ended[0]}
-
-
-class CrashPostgres(Fault):
-    """An immediate stop of the server, and a restart at once or after more than a lease."""
-
-    name, weight = "crash-postgres", 1.2
-
-    def make(self, world: World, dice: random.Random) -> Made:
-        began = time.monotonic()
-        away = dice.choice((0.0, 0.0, 0.5, LEASE + 0.5))
-        world.postgres.crash(away)
-        with world.postgres.connect() as connection:
-            row = connection.execute(
-                "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"
-            ).fetchone()
-        ended = time.monotonic()
-        world.restarts.append((began, ended))
-        if row is None or row[0] > ended - began:
-            raise Missed("the server was not started anew")
-        return {"away": ended - began}
-
-
-class LockTable(Fault):
-    """An ACCESS EXCLUSIVE lock on the table of instances for a while."""
-
-    name, weight = "lock-table", 1.0
-
-    def make(self, world: World, dice: random.Random) -> Made:
-        with world.postgres.connect() as holder, world.postgres.connect() as looker, ExitStack() as stack:
-            stack.enter_context(holder.transaction())
-            holder.execute("SET LOCAL lock_timeout = '5s'")
-            holder.execute(f"LOCK TABLE {SCHEMA}.instances IN ACCESS EXCLUSIVE MODE")
-            time.sleep(dice.uniform(0.3, 1.5))
-            row = looker.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()
-        if not row or not row[0]:
-            raise Missed("nobody waited")
-        return {"waited": row[0]}
-
-
-class _Network(Fault):
-    """Something the proxy does. One at a time would be tidy; they may overlap."""
-
-    def make(self, world: World, dice: random.Random) -> Made:
-        before = world.fleet.proxy.touched
-        self.disturb(world, dice)
-        touched = world.fleet.proxy.touched - before
-        if not touched:
-            raise Missed("nothing went through")
-        return {"touched": touched}
-
-    def disturb(self, world: World, dice: random.Random) -> None:
-        raise NotImplementedError
-
-
-class Delay(_Network):
-    """Every chunk is late."""
-
-    name, weight = "net-delay", 1.5
-
-    def disturb(self, world: World, dice: random.Random) -> None:
-        world.fleet.proxy.latency = dice.uniform(0.005, 0.15)
-        time.sleep(dice.uniform(0.5, 2.0))
-        world.fleet.proxy.latency = 0.0
-
-
-class Cut(_Network):
-    """Every connection is reset."""
-
-    name, weight = "net-cut", 2.5
-
-    def disturb(self, world: World, dice: random.Random) -> None:
-        world.fleet.proxy.cut()
-
-
-class HalfOpen(_Network):
-    """Nothing is read or written while both sockets stay, beyond a lease or not; then it goes on, or all are reset."""
-
-    name, weight = "net-half-open", 1.5
-
-    def disturb(self, world: World, dice: random.Random) -> None:
-        world.fleet.proxy.half_open(True)
-        time.sleep(dice.choice((0.5, 1.5, LEASE + 1)))
-        if dice.random() < 0.5:
-            world.fleet.proxy.cut()
-        world.fleet.proxy.half_open(False)
-
-
-class LoseAnswer(_Network):
-    """The answer to a write is lost together with its connection: it was done, and nobody was told."""
-
-    name, weight = "net-lose-answer", 5.0
-
-    def disturb(self, world: World, dice: random.Random) -> None:
-        before = world.fleet.proxy.touched
-        world.fleet.proxy.swallow = dice.randint(1, 3)
-        until(lambda: world.fleet.proxy.touched > before, 3, "an answer to be lost")
-        time.sleep(0.2)
-        world.fleet.proxy.swallow = 0
-
-
 class Reload(Fault):
     """A deploy: the code changes, SIGHUP."""
 
@@ -366,11 +247,3 @@ class Restart(Fault):
             command.process.send_signal(signal.SIGTERM)
             until(lambda: len(place.ended) > ended, 25, "its end")
             return {"generation": generation, "exit": place.ended[ended][1]}
-
-
-FAULTS: list[Fault] = [
-    kind() for kind in (
-        KillChild, KillAgent, KillSupervisor, KillBeat, KillProducer, Zombie, ZombieAgent, StopChild, StopBeat,
-        TerminateBackends, CrashPostgres, LockTable, Delay, Cut, HalfOpen, LoseAnswer, Reload, Restart,
-    )
-]  # fmt: skip

@@ -64,7 +64,7 @@ def draw(key: str, dice: random.Random) -> Spec:
             given = {"k": key, "mark": mark, "hold": 0.0}
             return Spec(key, kind, "limited", given, {**options, "rate_limit": mark, "weight": dice.randint(1, 2)})
         case "collector":
-            want = dice.randint(1, 3)
+            want = dice.randint(1, 4)
             given = {"k": key, "want": want, "got": [], "pile": dice.random() < 0.4, "canary": CANARY}
             return Spec(key, kind, "collector", given, options, signals=want)
         case "timer":
@@ -81,7 +81,12 @@ def draw(key: str, dice: random.Random) -> Spec:
             given = {"k": key, "i": 0, "n": 60, "inline": False, "hold": 0.002}
             return Spec(key, kind, "chain", given, options, cancel=True)
         case _:
-            return Spec(key, kind, "poison", {"k": key}, options)
+            return poison(key)
+
+
+def poison(key: str) -> Spec:
+    """Return an instance that kills whoever runs it."""
+    return Spec(key, "poison", "poison", {"k": key})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import psycopg
 
-from tests.chaos.faults import FAULTS, Fault, Missed, World
+from tests.chaos.faults import Fault, Missed, World
+from tests.chaos.table import FAULTS
 
 APART = (0.4, 1.6)
 """Seconds between the beginnings of two faults."""
@@ -30,14 +31,14 @@ def plan(seed: int, seconds: float, only: Sequence[str] = ()) -> tuple[list[Plan
     """Return the schedule, and why the faults that this machine can't make are not in it."""
     asked = [fault for fault in FAULTS if not only or fault.name in only]
     skipped = {fault.name: why for fault in asked if (why := fault.why_not())}
-    able = [fault for fault in asked if fault.name not in skipped]
     dice = random.Random(f"{seed}:nemesis")
     schedule, at = [], 0.5
-    while at < seconds and able:
-        (fault,) = dice.choices(able, [one.weight for one in able])
+    while at < seconds:
+        (fault,) = dice.choices(asked, [one.weight for one in asked])
         schedule.append(Planned(at, fault, f"{seed}:fault:{len(schedule)}"))
         at += dice.uniform(*APART)
-    return schedule, skipped
+    # Left out afterwards, so that the others come when they come elsewhere.
+    return [planned for planned in schedule if planned.fault.name not in skipped], skipped
 
 
 class Nemesis:

@@ -19,6 +19,7 @@ from tests.chaos.model import Spec
 from tests.chaos.nemesis import Nemesis, plan
 from tests.chaos.record import TERMINAL, Record, Violation
 from tests.chaos.recorder import Recorder
+from tests.chaos.surroundings import DiskFull
 
 WARM_UP = 60.0
 REST = 45.0
@@ -87,7 +88,7 @@ def run_seed(
     verdict = Verdict(seed, seconds)
     schedule, verdict.skipped = plan(seed, seconds, only)
     folder = Path(tempfile.mkdtemp(prefix=f"durable-chaos-seed-{seed}-"))
-    postgres = Postgres()
+    postgres = Postgres(small_disk=any(isinstance(planned.fault, DiskFull) for planned in schedule))
     finished = False
     try:
         found = _storm(folder, postgres, seed, seconds, schedule, workers, children)

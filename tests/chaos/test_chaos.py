@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos import nemesis
-from tests.chaos.faults import FAULTS
 from tests.chaos.run import run_seed
+from tests.chaos.table import FAULTS
 
 SECONDS = 12.0
 FAULTS_OF_SEED = {1: (), 2: ("crash-postgres", "net-lose-answer", "terminate-backends", "net-cut", "kill-child")}
