@@ -51,7 +51,7 @@ def main(
         verdict = run_seed(number, seconds, workers=workers, children=children, only=chosen, keep=keep)
         verdicts.append(verdict)
         if not as_json:
-            tell(verdict, f"--workers {workers} --children {children}" + (f" --only {only}" if only else ""))
+            tell(verdict)
     if as_json:
         click.echo(json.dumps([verdict.as_json() for verdict in verdicts], indent=2, default=str))
     elif len(verdicts) > 1:
@@ -59,8 +59,8 @@ def main(
     sys.exit(any(verdict.violations for verdict in verdicts))
 
 
-def tell(verdict: Verdict, options: str) -> None:
-    """Print one seed's figures, and of a bad one what was wrong and how to have it again."""
+def tell(verdict: Verdict) -> None:
+    """Print one seed's figures, and of a bad one what was wrong."""
     click.echo(verdict.line())
     for name, why in verdict.skipped.items():
         click.echo(f"  skipped {name}: {why}")
@@ -68,9 +68,6 @@ def tell(verdict: Verdict, options: str) -> None:
         click.echo(f"  {rule} {count} times")
     for violation in verdict.violations[:20]:
         click.echo(f"  {violation.rule}: {violation.text}")
-    if verdict.violations:
-        click.echo(f"  kept in {verdict.folder}")
-        click.echo(f"  again: python -m tests.chaos --seed {verdict.seed} --seconds {verdict.seconds:g} {options}")
 
 
 def total(verdicts: list[Verdict]) -> str:

@@ -36,7 +36,7 @@ SETTINGS = {
     "max_wal_size": "4GB",
     "shared_buffers": "128MB",
 }
-CHILD, AGENT, BEAT = "durable:default", "durable:agent", "durable:"
+CHILD, AGENT = "durable:default", "durable:agent"
 
 
 class SmallDisk:
@@ -197,13 +197,16 @@ class Fleet:
             producer.wait(60)
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM everything that works; return exit codes by name."""
+        """SIGTERM everything that works, once it does; return exit codes by name."""
+        until = time.monotonic() + 60
+        while not all(map(working, self.places)) and time.monotonic() < until:
+            time.sleep(0.1)
         self.tending = False
         self._tender.join()
         for place in self.places:
             if place.command.process.poll() is None:
                 place.command.process.send_signal(signal.SIGTERM)
-        return {place.name: place.command.process.wait(30) for place in self.places}
+        return {place.name: place.command.process.wait(60) for place in self.places}
 
     def kill(self) -> None:
         """End whatever is left, at once."""
@@ -273,6 +276,11 @@ def stopped(pids: list[int]) -> Iterator[None]:
 def _signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):  # it has died meanwhile
         os.kill(pid, number)
+
+
+def working(place: Place) -> bool:
+    """Whether its command has come so far that it heeds signals: a worker has children, a beat has said that it starts."""
+    return bool(place.children()) or " starts" in place.command.output()
 
 
 def family(parent: int, title: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -108,7 +109,12 @@ def run_seed(
             shutil.rmtree(folder, ignore_errors=True)
         else:
             verdict.folder = str(folder)
-            print(f"seed {seed} is kept in {folder}", flush=True)
+            again = (
+                f"python -m tests.chaos --seed {seed} --seconds {seconds:g} --workers {workers} --children {children}"
+            )
+            if only:
+                again += f" --only {','.join(only)}"
+            print(f"seed {seed} is kept in {folder}; again: {again}", file=sys.stderr, flush=True)
     return verdict
 
 
