@@ -279,7 +279,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def working(place: Place) -> bool:
-    """Whether its command has come so far that it heeds signals: a worker has children, a beat has said that it starts."""
+    """Whether its command heeds signals already: a worker has children, a beat has said that it starts."""
     return bool(place.children()) or " starts" in place.command.output()
 
 
