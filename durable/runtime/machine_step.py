@@ -23,7 +23,6 @@ from durable.outcomes import (
     Retry,
     RetryRequested,
     ScheduleChildren,
-    StepAgain,
     Stop,
     step_name,
 )
@@ -31,6 +30,7 @@ from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
+from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit, Limits
 from durable.storage.session import Operation
 from durable.validation import near

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 
 from durable.instance import Claimed
-from durable.outcomes import StepAgain
 from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
 from durable.runtime.shared import Seat
+from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit
 
 log = logging.getLogger(__name__)

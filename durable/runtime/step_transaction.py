@@ -31,7 +31,7 @@ from psycopg.rows import tuple_row
 from durable.app import Durable
 from durable.errors import ConnectionUsageError, DurableError
 from durable.instance import Claimed
-from durable.outcomes import StepAgain
+from durable.outcomes import StepAgain as StepAgain
 from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.coroutines import CoroutineRunner

@@ -11,12 +11,13 @@ from durable.app import Durable
 from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadError
 from durable.instance import Claimed
-from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, StepAgain, Stop
+from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
 from durable.retry import default_backoff
 from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import within
+from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit
 from durable.task import Task
 from durable.task_hooks import begun, ended, observed
