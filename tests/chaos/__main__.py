@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,9 +47,11 @@ def main(
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     if unknown := set(chosen) - {fault.name for fault in FAULTS}:
         raise click.BadParameter(f"no fault is called {', '.join(sorted(unknown))}", param_hint="--only")
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job ignores SIGINT
+        signal.signal(number, lambda *_: sys.exit(130))  # everything it has started ends with it
     verdicts: list[Verdict] = []
-    for number in [seed] if seed is not None else _seeds(seeds):
-        verdict = run_seed(number, seconds, workers=workers, children=children, only=chosen, keep=keep)
+    for chosen_seed in [seed] if seed is not None else _seeds(seeds):
+        verdict = run_seed(chosen_seed, seconds, workers=workers, children=children, only=chosen, keep=keep)
         verdicts.append(verdict)
         if not as_json:
             tell(verdict)

@@ -175,8 +175,9 @@ def effects_run_once_per_claim(record: Record) -> Iterator[Violation]:
             entries[effect.instance, effect.version, effect.token].append(effect)
     for (instance, version, token), found in entries.items():
         for one, other in pairwise(found):
-            # A step whose connection was lost runs again on its claim.
-            if one.machine != "ledger" and not any(b <= other.at and e >= one.at - 1 for b, e in record.restarts):
+            # A step that lost a connection which it writes or reads its children on runs again, where it was.
+            again = one.machine in ("ledger", "fan") and one.pid == other.pid
+            if not again and not any(b <= other.at and e >= one.at - 1 for b, e in record.restarts):
                 yield Violation("I-15", f"instance {instance} entered version {version} twice on token {token}")
     crashed = Counter(one.instance for found in entries.values() for one in found if one.machine == "poison")
     for instance, count in crashed.items():
