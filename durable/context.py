@@ -16,7 +16,7 @@ from typing import Any, Generic, NoReturn, Protocol
 from durable import validation
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError, ValidationError
 from durable.instance import Claimed
-from durable.outcomes import RetryRequested
+from durable.outcomes import RetryRequested, StepAgain
 from durable.storage import instances
 from durable.storage.claims import Commit
 
@@ -236,7 +236,14 @@ class Context(Generic[S]):
         return self._children(None)
 
     def _children(self, children_round: int | None) -> Children:
-        return Children(lambda after: self.app.read_children(self.id, children_round, after, PAGE))
+        return Children(lambda after: self._read_children(children_round, after))
+
+    def _read_children(self, children_round: int | None, after: int) -> list[Child]:
+        try:
+            return self.app.read_children(self.id, children_round, after, PAGE)  # type: ignore[no-any-return]
+        except DatabaseUnavailableError as error:
+            # The package's own look, not the user's code: no attempt of the step is to be lost for it.
+            raise StepAgain(f"its children can't be read: {error}") from error
 
     @property
     def connection(self) -> Any:

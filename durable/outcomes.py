@@ -171,6 +171,10 @@ class Cancel(Exception):
         self.reason = reason
 
 
+class StepAgain(BaseException):
+    """The step did not happen, through no fault of its own. A BaseException, so that `except Exception` lets it by."""
+
+
 class SoftTimeLimitExceeded(Exception):
     """Raised inside a step that ran longer than its `soft_time_limit`; catch it to clean up. `seconds`: the limit."""
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from durable.app import Durable
 from durable.context import Begin, Context, entered
-from durable.errors import CorruptRowError, DurableError, OutcomeError, ValidationError
+from durable.errors import CorruptRowError, DatabaseUnavailableError, DurableError, OutcomeError, ValidationError
 from durable.instance import Claimed, NewInstance, Payload
 from durable.machine import MachineDefinition
 from durable.outcomes import (
@@ -32,6 +32,7 @@ from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import Within
 from durable.runtime.step_transaction import StepAgain
 from durable.storage.claims import Commit, Limits
+from durable.storage.session import Operation
 from durable.validation import near
 
 log = logging.getLogger("durable.step")
@@ -202,7 +203,7 @@ class MachineRunner:
             except (DurableError, TypeError, ValueError) as error:
                 raise OutcomeError(f"child {index}: {error}") from error
         if any(new.rate_limit is not None or new.concurrency_key is not None for new in prepared):
-            self._app.run(self._app.limit_rows.check_rows(prepared))
+            self._ask(self._app.limit_rows.check_rows(prepared))
         return prepared
 
     def _limits(self, claimed: Claimed, outcome: Next) -> Limits | None:
@@ -212,8 +213,15 @@ class MachineRunner:
         if limits == Limits(claimed.concurrency_key):
             return None
         if limits.rate_limit is not None:
-            self._app.run(self._app.limit_rows.check([(limits.rate_limit, limits.weight)]))
+            self._ask(self._app.limit_rows.check([(limits.rate_limit, limits.weight)]))
         return limits
+
+    def _ask(self, operation: Operation[None]) -> None:
+        """Run a look of ours at the database; that it can't be reached is no failure of the step."""
+        try:
+            self._app.run(operation)
+        except DatabaseUnavailableError as error:
+            raise StepAgain(f"its limits can't be looked up: {error}") from error
 
 
 def _no_step(definition: MachineDefinition, name: str) -> str:

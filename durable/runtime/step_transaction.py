@@ -7,8 +7,8 @@ both. Death before that COMMIT leaves nothing of either; the step runs again. Th
 
 * The claim is gone: everything is rolled back, the outcome is stale.
 * A cancel was asked for: the writes are rolled back, the outcome goes the usual way and becomes `cancelled`.
-* Deadlock, serialization failure, connection lost, no connection to be had: all is rolled back and the step runs
-  again (`StepAgain`), which costs no attempt.
+* Deadlock, serialization failure, connection lost, no connection to be had, no room on the server's disk: all is
+  rolled back and the step runs again (`StepAgain`), which costs no attempt.
 * The answer to COMMIT was lost: the row is asked what became of it, under its lock, so that a COMMIT still under way
   is waited for.
 * Any other error of the outcome's statements or of COMMIT (a deferred constraint of the user's) is the step's error.
@@ -31,6 +31,7 @@ from psycopg.rows import tuple_row
 from durable.app import Durable
 from durable.errors import ConnectionUsageError, DurableError
 from durable.instance import Claimed
+from durable.outcomes import StepAgain as StepAgain
 from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.coroutines import CoroutineRunner
@@ -52,14 +53,10 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0
 """Seconds after which an unused step connection is closed."""
-_AGAIN = ("40001", "40P01")  # serialization failure, deadlock
+_AGAIN = ("40001", "40P01", "53100")  # serialization failure, deadlock, disk full
 _TOO_LONG = ("25P03", "25P04")  # the server's idle_in_transaction_session_timeout, transaction_timeout
 _STATUS = psycopg.pq.TransactionStatus
 _NO_PIPELINE = psycopg.pq.PipelineStatus.OFF
-
-
-class StepAgain(BaseException):
-    """The step did not happen, through no fault of its own. A BaseException, so that `except Exception` lets it by."""
 
 
 Begin = Callable[[Claimed, bool], "StepTransaction"]

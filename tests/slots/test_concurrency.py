@@ -145,7 +145,7 @@ def test_sigterm_lets_running_steps_end_and_gives_the_rest_back(
     worker.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "drains" in worker.output())
     go.touch()
-    assert worker.stop() == 0
+    assert worker.process.wait(20) == 0  # a second signal would end it at once
     assert [result.status for result in results] == ["done"] * 4
     assert [result.status for result in waiting] == ["runnable"] * 5
     left = connection.execute(f"SELECT sum(crashes), sum(attempt) FROM {app.schema}.instances").fetchone()
@@ -184,7 +184,7 @@ def test_plain_steps_that_wait_for_a_thread_do_not_begin_during_a_drain(
     worker.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "drains" in worker.output())
     go.touch()
-    assert worker.stop() == 0
+    assert worker.process.wait(20) == 0  # a second signal would end it at once
     statuses = [result.status for result in results]
     assert statuses.count("done") == len(lines(started)) < 200
     assert statuses.count("runnable") == 200 - len(lines(started))

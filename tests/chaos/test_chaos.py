@@ -1,0 +1,31 @@
+"""A fixed set of short storms; the long ones are `python -m tests.chaos --seeds 1-10 --seconds 120`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos import nemesis
+from tests.chaos.run import run_seed
+from tests.chaos.table import FAULTS
+
+SECONDS = 12.0
+FAULTS_OF_SEED = {1: (), 2: ("crash-postgres", "net-lose-answer", "terminate-backends", "net-cut", "kill-child")}
+"""All of them, and those after which nobody knows what was committed."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", FAULTS_OF_SEED)
+def test_no_promise_is_broken_while_everything_breaks(seed: int) -> None:
+    verdict = run_seed(seed, SECONDS, workers=2, children=2, only=FAULTS_OF_SEED[seed])
+    print(verdict.line())
+    assert verdict.violations == []
+    assert verdict.injected >= 3, verdict.line()
+    assert verdict.steps > 100, verdict.line()
+
+
+def test_the_faults_of_a_seed_are_always_the_same() -> None:
+    one, other = (nemesis.plan(7, 120.0)[0] for _ in range(2))
+    assert one == other
+    assert len(one) > 60
+    assert nemesis.plan(8, 120.0)[0] != one
+    assert {planned.fault.name for planned in nemesis.plan(7, 2000.0)[0]} <= {fault.name for fault in FAULTS}
