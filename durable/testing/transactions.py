@@ -61,6 +61,8 @@ def transaction(app: Durable, connection: Any = None) -> Iterator[Connection]:
             if pool.borrowed is None:
                 migrations.check(own, app.schema)
                 partitions.ensure(own, app.sql)
+                if not app.conf.pooler:
+                    own.execute("RESET search_path")  # the caller's statements run here, and those of steps
             with own.transaction(force_rollback=True), pool.borrowing(own), seams.watched_by(app, _AtOnce(app)):
                 yield own
         return
