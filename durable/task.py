@@ -15,7 +15,7 @@ from typing import Any, Generic, Never, ParamSpec, Protocol, TypeVar
 
 from durable import validation
 from durable.errors import DefinitionError, ValidationError
-from durable.insertion import InsertOptions, apply_options
+from durable.insertion import OPTION_NAMES, InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
 from durable.result import AsyncResult
 from durable.retry import RetryPolicy
@@ -323,8 +323,9 @@ class Task(Generic[P, R]):
         )
         if options:
             for name in options:
-                if name not in OPTIONS:
-                    raise TypeError(f"{self.name}: there is no option {name!r}{instead_of(name)}")
+                if name not in OPTION_NAMES:
+                    hint = f"; here it is {OPTIONS[name]}" if name in OPTIONS else instead_of(name)
+                    raise TypeError(f"{self.name}: there is no option {name!r}{hint}")
             apply_options(new, InsertOptions(**options))
         return new
 

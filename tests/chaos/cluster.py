@@ -123,6 +123,7 @@ class Place:
         """Held by the fault that is done to it."""
         self.extra: dict[str, str] = {}
         """Environment of the next start."""
+        self.over = False
         self.ended: list[tuple[float, int]] = []
         """When each of its commands ended, and with which code."""
         self._folder, self._arguments, self._environment = folder, arguments, environment
@@ -136,9 +137,9 @@ class Place:
         return family(self.command.pid, title)
 
     def tend(self) -> None:
-        """Start it again if it has ended."""
+        """Start it again if it has ended, unless that was meant."""
         code = self.command.process.poll()
-        if code is not None:
+        if code is not None and not self.over:
             self.ended.append((time.monotonic(), code))
             self.command = self._start()
 
@@ -196,17 +197,17 @@ class Fleet:
         for producer in self.producers:
             producer.wait(60)
 
-    def stop(self) -> dict[str, int]:
-        """SIGTERM everything that works, once it does; return exit codes by name."""
+    def stop(self, places: list[Place]) -> dict[str, int]:
+        """SIGTERM these, once they work, for good; return exit codes by name."""
         until = time.monotonic() + 60
-        while not all(map(working, self.places)) and time.monotonic() < until:
+        while not all(map(working, places)) and time.monotonic() < until:
             time.sleep(0.1)
-        self.tending = False
-        self._tender.join()
-        for place in self.places:
+        for place in places:
+            place.over = True
+        for place in places:
             if place.command.process.poll() is None:
                 place.command.process.send_signal(signal.SIGTERM)
-        return {place.name: place.command.process.wait(60) for place in self.places}
+        return {place.name: place.command.process.wait(60) for place in places}
 
     def kill(self) -> None:
         """End whatever is left, at once."""
