@@ -238,7 +238,7 @@ def test_a_cancel_waits_for_the_outcome_that_holds_the_row(
 
     def held(self: Any) -> None:
         canceller.start()
-        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"))
         end(self)
 
     monkeypatch.setattr(step_transaction._Sync, "end", held)
@@ -263,7 +263,7 @@ def test_a_deadlock_runs_the_step_again_at_no_cost(
             return
         ctx.connection.execute("SET LOCAL deadlock_timeout = '20ms'")  # ours is the victim
         rival.start()
-        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"))
         ctx.connection.execute(update, [2])
 
     def other() -> None:
