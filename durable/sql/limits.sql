@@ -180,17 +180,18 @@ WHERE b.bucket = idle.bucket AND b.shard = idle.shard;
 
 -- name: credit_slots
 -- Give slots back, in the transaction that ended what held them. The capacity of a lowered limit falls with them.
+-- By key, not by ctid: of a row that was waited for, the ctid is one that this statement's snapshot does not see.
 -- Params: keys text[], shards int[], counts int[], in order of key and shard. Locks: gates FOR UPDATE, in that order.
 WITH mine AS MATERIALIZED (
-    SELECT g.ctid AS row, c.count
+    SELECT c.key, c.shard, c.count
     FROM unnest(%(keys)s::text[], %(shards)s::int[], %(counts)s::int[]) AS c (key, shard, count)
-    CROSS JOIN LATERAL (SELECT s.ctid FROM {schema}.gates AS s WHERE s.key = c.key AND s.shard = c.shard
+    CROSS JOIN LATERAL (SELECT FROM {schema}.gates AS s WHERE s.key = c.key AND s.shard = c.shard
                         FOR UPDATE) AS g
 )
 UPDATE {schema}.gates AS g
 SET used = greatest(0, g.used - mine.count),
     capacity = least(g.capacity, greatest(g.wanted, greatest(0, g.used - mine.count)))
-FROM mine WHERE g.ctid = mine.row;
+FROM mine WHERE g.key = mine.key AND g.shard = mine.shard;
 
 -- name: open_lanes
 -- Make a candidate of the best row of each lane; its claim looks for more. A row that somebody else holds is passed

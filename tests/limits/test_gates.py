@@ -116,6 +116,22 @@ def test_an_end_waits_for_a_claim_that_parks_at_a_full_gate_and_opens_its_lane(r
     assert [row.id for row in rows.claim_limited(worker).rows] == [waiter]
 
 
+def test_an_end_that_waited_for_a_claim_credits_what_that_has_written(rows: Rows) -> None:
+    gate(rows, 2)
+    worker = rows.worker()
+    keyed(rows)
+    (first,) = rows.claim_limited(worker).rows
+    keyed(rows)
+    claiming, ending = rows.other(), rows.other()
+    with claiming.connection.transaction():
+        assert len(claiming.run(claim_limited(Demand(worker, "default", 10, 1, True))).rows) == 1
+        going = rows.background(lambda: ending.flush(worker, done(first)))
+        rows.wait_blocked(ending, going)
+    going.result(20)
+    assert executing(rows) == 1
+    assert shards(rows) == [(2, 2, 1)]
+
+
 def test_two_claims_at_once_find_a_new_gate_and_never_exceed_it(rows: Rows) -> None:
     gate(rows, 3)
     keyed(rows, 6)
