@@ -17,6 +17,8 @@ from durable.runtime import step_transaction
 from tests.fix_db import wait_until
 from tests.machines.driver import Driver, Drivers, View
 
+LOCK_WAITS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
 
 class Effects:
     """A table of the user's, which steps write into."""
@@ -238,7 +240,7 @@ def test_a_cancel_waits_for_the_outcome_that_holds_the_row(
 
     def held(self: Any) -> None:
         canceller.start()
-        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"))
+        wait_until(lambda: view.rows(LOCK_WAITS))
         end(self)
 
     monkeypatch.setattr(step_transaction._Sync, "end", held)
@@ -263,7 +265,7 @@ def test_a_deadlock_runs_the_step_again_at_no_cost(
             return
         ctx.connection.execute("SET LOCAL deadlock_timeout = '20ms'")  # ours is the victim
         rival.start()
-        wait_until(lambda: view.rows("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"))
+        wait_until(lambda: view.rows(LOCK_WAITS))
         ctx.connection.execute(update, [2])
 
     def other() -> None:
