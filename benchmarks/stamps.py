@@ -6,7 +6,9 @@ The clock is the machine's monotonic one, which all its processes share.
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +30,21 @@ def stamp(sent: int) -> None:
 
 
 class Stamps:
-    """Where stamps arrive."""
+    """Where stamps arrive. A thread reads them as they come: the kernel keeps ten, and lets further senders wait."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         path.chmod(0o666)
+        self._waits: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while message := self._socket.recv(64):
+            sent, now = message.split()
+            self._waits.put((int(now) - int(sent)) / 1e6)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,16 +52,13 @@ class Stamps:
         return {VARIABLE: str(self.path)}
 
     def take(self, count: int, seconds: float = 30.0) -> list[float]:
-        """Return `count` waits in milliseconds. Raises TimeoutError when nothing came for `seconds`."""
-        self._socket.settimeout(seconds)
-        waits = []
-        for _ in range(count):
-            sent, now = self._socket.recv(64).split()
-            waits.append((int(now) - int(sent)) / 1e6)
-        return waits
+        """Return `count` waits in milliseconds. Raises queue.Empty when nothing came for `seconds`."""
+        return [self._waits.get(timeout=seconds) for _ in range(count)]
 
     def close(self) -> None:
-        """Close the socket."""
+        """Read no more, and close the socket."""
+        self._socket.shutdown(socket.SHUT_RD)
+        self._reader.join()
         self._socket.close()
 
 

@@ -66,7 +66,9 @@ class AsyncConnections:
 
     def release(self) -> None:
         """The transaction has ended: the longest waiting one is next."""
-        if self._waiting:
-            self._waiting.popleft().set_result(None)
-        else:
-            self._free += 1
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # one whose step was cancelled while it waited has no use for it
+                turn.set_result(None)
+                return
+        self._free += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -103,7 +102,6 @@ def test_the_bare_command_runs_all_with_their_targets(
     assert all(isinstance(target["met"], bool) for target in targets)
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra `bench`)")
 def test_a_picture_is_drawn(database: str, tmp_path: Path) -> None:
     picture = tmp_path / "figures.svg"
     ran = invoke(database, "enqueue", "--count", "20", "--runs", "1", "--plot", str(picture))

@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 from durable import Durable
+from tests.fix_app import Command
+
+START = Callable[..., Command]
+WAITS = {"threads": "wait", "asyncio": "await"}
+"""The task that waits for a file as is usual in a pool."""
+POOLS = list(WAITS)
 
 TASKS = """
     import asyncio, ctypes, hashlib, os, threading, time
@@ -197,3 +203,8 @@ def tasks(app: Durable, tasks_module: Callable[[str], Path]) -> dict[str, Any]:
     tasks_module(TASKS)
     bound = {"write", "awrite", "cancelled", "acancelled"}
     return {name: app.task(name=name, bind=name in bound)(lambda *args, **kwargs: None) for name in NAMES}
+
+
+def lines(path: Path) -> list[str]:
+    """What has been written into a file so far."""
+    return path.read_text().split() if path.exists() else []

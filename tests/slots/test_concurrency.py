@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,8 @@ import psycopg
 import pytest
 
 from durable import Durable
-from tests.fix_app import Command
 from tests.fix_db import wait_until
-
-POOLS = ["threads", "asyncio"]
-START = Callable[..., Command]
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
+from tests.slots.conftest import POOLS, START, WAITS, lines
 
 
 def test_as_many_threads_run_at_once_as_were_asked_for(
@@ -92,7 +84,7 @@ def test_several_queues_have_a_process_each(
     app: Durable, tasks: dict[str, Any], durable_worker: START, tmp_path: Path, pool: str
 ) -> None:
     worker = durable_worker("worker", "-P", pool, "-Q", "default:3,emails:5")
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     started, go = tmp_path / "started", tmp_path / "go"
     results = [tasks[name].apply_async((str(started), str(go)), queue="default") for _ in range(6)]
     results += [tasks[name].apply_async((str(started), str(go)), queue="emails") for _ in range(8)]
@@ -114,7 +106,7 @@ def test_a_killed_process_loses_nothing_and_its_steps_run_again_alone(
 ) -> None:
     worker = durable_worker("worker", "-P", pool, "-c", "6")
     started, go = tmp_path / "started", tmp_path / "go"
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     results = [tasks[name].delay(str(started), str(go)) for _ in range(6)]
     later = [tasks["add"].delay(n) for n in range(20)]
     wait_until(lambda: len(lines(started)) == 6)
@@ -138,7 +130,7 @@ def test_sigterm_lets_running_steps_end_and_gives_the_rest_back(
 ) -> None:
     worker = durable_worker("worker", "-P", pool, "-c", "4", "--prefetch", "10")
     started, go = tmp_path / "started", tmp_path / "go"
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     results = [tasks[name].delay(str(started), str(go)) for _ in range(4)]
     wait_until(lambda: len(lines(started)) == 4)
     waiting = [tasks["add"].delay(n) for n in range(5)]
@@ -163,7 +155,7 @@ def test_a_step_that_does_not_end_in_time_is_given_back_at_no_cost(
 ) -> None:
     worker = durable_worker("worker", "-P", pool, "-c", "4", "--drain-timeout", "0.3")
     started = tmp_path / "started"
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     results = [tasks[name].delay(str(started), str(tmp_path / "never")) for _ in range(4)]
     wait_until(lambda: len(lines(started)) == 4)
     assert worker.stop() == 0

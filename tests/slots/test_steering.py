@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,8 @@ import psycopg
 import pytest
 
 from durable import Durable
-from tests.fix_app import Command
 from tests.fix_db import wait_until
-
-POOLS = ["threads", "asyncio"]
-START = Callable[..., Command]
+from tests.slots.conftest import POOLS, START, WAITS, lines
 
 
 def durable(folder: Path, *arguments: str) -> Any:
@@ -27,10 +24,6 @@ def durable(folder: Path, *arguments: str) -> Any:
         cwd=folder, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     return json.loads(done.stdout)
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
 
 
 @pytest.fixture
@@ -76,7 +69,7 @@ def test_of_a_paused_queue_no_step_begins(
 ) -> None:
     durable_worker("worker", "-P", pool, "-c", "4")
     started, go = tmp_path / "started", tmp_path / "go"
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     running = tasks[name].delay(str(started), str(go))
     wait_until(lambda: lines(started))
     app.pause("default", "a look")
@@ -110,7 +103,7 @@ def test_the_concurrency_of_a_queue_is_that_of_its_slots(
 ) -> None:
     worker = durable_worker("worker", "-P", pool, "-c", "2")
     started, go = tmp_path / "started", tmp_path / "go"
-    name = "wait" if pool == "threads" else "await"
+    name = WAITS[pool]
     results = [tasks[name].delay(str(started), str(go)) for _ in range(8)]
     wait_until(lambda: len(lines(started)) == 2)
     durable(tmp_path, "queues", "set", "default", "--concurrency", "5")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,8 @@ import psycopg
 import pytest
 
 from durable import Durable, TaskCancelled, TaskFailed
-from tests.fix_app import Command
 from tests.fix_db import wait_until
-
-POOLS = ["threads", "asyncio"]
-START = Callable[..., Command]
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
+from tests.slots.conftest import POOLS, START, lines
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -97,13 +89,13 @@ def test_a_process_that_a_step_blocks_altogether_is_replaced_at_no_cost_to_the_o
     started, go = tmp_path / "started", tmp_path / "go"
     neighbour = tasks["await"].delay(str(started), str(go))
     wait_until(lambda: lines(started))
-    (before,) = worker.children("durable:default")
+    (before,) = worker.started("durable:default")
     blocking = tasks[name].delay(str(tmp_path / "blocked"))
     wait_until((tmp_path / "blocked").exists)
     go.touch()
     assert blocking.get(timeout=40) in ("moved", "let go")
     assert neighbour.get(timeout=20)
-    assert before not in worker.children("durable:default")
+    wait_until(lambda: before not in worker.children("durable:default"), what="its end")
     crashes = dict(connection.execute(f"SELECT machine, crashes FROM {app.schema}.history").fetchall())
     assert crashes == {name: 1, "await": 0}
 
