@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,32 +29,32 @@ INSERT_CHUNK = 5000
 
 def insert(new: NewInstance) -> Operation[int]:
     """Insert one instance and return its id. Raises DuplicateError; the caller's transaction stays usable."""
-    rows = yield (
-        "insert_one",
-        {
-            "queue": new.queue,
-            "priority": new.priority,
-            "delay": new.delay,
-            "at": new.at,
-            "expires_in": new.expires_in,
-            "expires_at": new.expires_at,
-            "machine": new.machine,
-            "machine_version": new.machine_version,
-            "step": new.step,
-            "state_type": new.state.type,
-            "state": new.state.body,
-            "max_attempts": new.max_attempts,
-            "correlation_key": new.correlation_key,
-            "correlation_scope": None if new.correlation_scope is None else list(new.correlation_scope),
-            "trace": new.trace,
-            "concurrency_key": new.concurrency_key,
-            "rate_limit": new.rate_limit,
-            "weight": new.weight,
-        },
-    )
+    parameters = {
+        "queue": new.queue,
+        "priority": new.priority,
+        "delay": new.delay,
+        "at": new.at,
+        "expires_in": new.expires_in,
+        "expires_at": new.expires_at,
+        "machine": new.machine,
+        "machine_version": new.machine_version,
+        "step": new.step,
+        "state_type": new.state.type,
+        "state": new.state.body,
+        "max_attempts": new.max_attempts,
+        "trace": new.trace,
+        "concurrency_key": new.concurrency_key,
+        "rate_limit": new.rate_limit,
+        "weight": new.weight,
+    }
+    if new.correlation_key is None:
+        ((instance_id,),) = yield "insert_one", parameters
+        return int(instance_id)
+    parameters["correlation_key"] = new.correlation_key
+    parameters["correlation_scope"] = None if new.correlation_scope is None else list(new.correlation_scope)
+    rows = yield "insert_one_keyed", parameters
     if rows:
         return int(rows[0][0])
-    assert new.correlation_key is not None, "only a correlation key can conflict"
     occupants = yield "occupant", {"key": new.correlation_key}
     if new.on_conflict == "return":
         # Nobody there any more: the key came free between the two statements, so it is ours to take.
@@ -65,20 +65,25 @@ def insert(new: NewInstance) -> Operation[int]:
 def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     """Insert a batch; return an id per row in the given order, None where the key was occupied.
 
-    Beyond INSERT_CHUNK rows the caller provides the transaction that makes the chunks one. All chunks go in key
-    order, so that two batches with the same new keys cannot deadlock.
+    Beyond INSERT_CHUNK rows, and with and without keys, the caller provides the transaction that makes the statements
+    one. Those with keys go first and in key order, so that two batches with the same new keys cannot deadlock.
     """
     ids: list[int | None] = [None] * len(batch)
     parked, leaders = _park_behind_the_best(batch)
     keys = [new.correlation_key for new in batch]
-    order = sorted(range(len(batch)), key=lambda n: (keys[n] is None, keys[n] or "", n))
-    for start in range(0, len(order), INSERT_CHUNK):
-        chunk = order[start : start + INSERT_CHUNK]
-        rows = yield "insert_many", _columns([batch[n] for n in chunk], [parked[n] for n in chunk])
-        meant, inserted = rows[0][0], set(rows[0][1] or ())
+    keyed = sorted((n for n, key in enumerate(keys) if key is not None), key=lambda n: keys[n] or "")
+    for chunk in _chunks(keyed):
+        rows = [batch[n] for n in chunk]
+        columns = _columns(rows, [parked[n] for n in chunk]) | _key_columns(rows)
+        ((meant, inserted),) = yield "insert_many_keyed", columns
+        there = set(inserted or ())
         for n, instance_id in zip(chunk, meant, strict=True):
-            if instance_id in inserted:
+            if instance_id in there:
                 ids[n] = instance_id
+    for chunk in _chunks([n for n, key in enumerate(keys) if key is None]):
+        ((made,),) = yield "insert_many", _columns([batch[n] for n in chunk], [parked[n] for n in chunk])
+        for n, instance_id in zip(chunk, made, strict=True):
+            ids[n] = instance_id
     # A candidate whose correlation key was occupied is not there to see to its lane.
     yield from open_lanes(lane for lane, n in leaders.items() if ids[n] is None)
     return ids
@@ -106,6 +111,11 @@ def _park_behind_the_best(batch: Sequence[NewInstance]) -> tuple[list[str | None
     return parked, best
 
 
+def _chunks(order: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(order), INSERT_CHUNK):
+        yield order[start : start + INSERT_CHUNK]
+
+
 def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict[str, Any]:
     return {
         "queues": TextArray([new.queue for new in batch]),
@@ -120,10 +130,6 @@ def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict
         "state_types": TextArray([new.state.type for new in batch]),
         "states": ByteaArray([new.state.body for new in batch]),
         "max_attempts": Int4Array([new.max_attempts for new in batch]),
-        "correlation_keys": TextArray([new.correlation_key for new in batch]),
-        "correlation_scopes": TextArray(
-            [None if new.correlation_scope is None else ",".join(new.correlation_scope) for new in batch]
-        ),
         "parent_ids": Int8Array([new.parent_id for new in batch]),
         "parent_rounds": Int4Array([new.parent_round for new in batch]),
         "traces": TextArray([new.trace for new in batch]),
@@ -131,6 +137,14 @@ def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict
         "rate_limits": TextArray([new.rate_limit for new in batch]),
         "weights": Int4Array([new.weight for new in batch]),
         "lanes": TextArray(parked),
+    }
+
+
+def _key_columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
+    scopes = [new.correlation_scope for new in batch]
+    return {
+        "correlation_keys": TextArray([new.correlation_key for new in batch]),
+        "correlation_scopes": TextArray([None if scope is None else ",".join(scope) for scope in scopes]),
     }
 
 

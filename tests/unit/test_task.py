@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -318,3 +319,30 @@ def test_a_time_limit_that_makes_no_sense_is_refused(options: dict[str, Any], co
     with pytest.raises(ValidationError, match=complaint):
         app.task(name="t", **options)(print)
     assert ("t", 1) not in app.definitions
+
+
+@pytest.mark.parametrize("given", range(5))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: None,
+        lambda a, b=1: None,
+        lambda a, /, b: None,
+        lambda a, *rest: None,
+        lambda a, *, named: None,
+        lambda a, *, named=1: None,
+        lambda **rest: None,
+    ],
+)
+def test_arguments_given_by_position_fit_when_python_would_bind_them(
+    app: Durable, function: Callable[..., None], given: int
+) -> None:
+    task = app.task(name="positional")(function)
+    args = (0,) * given
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        with pytest.raises(TypeError):
+            task.check_arguments(args, {})
+    else:
+        task.check_arguments(args, {})
