@@ -89,6 +89,7 @@ class MachineDefinition:
         }
         if not self.steps:
             raise DefinitionError(f"machine {options.name!r} has no step; mark a method with @step")
+        self.async_steps = frozenset(name for name, own in self.steps.items() if inspect.iscoroutinefunction(own))
         initial = [name for name, function in self.steps.items() if function.__durable_initial__]
         if len(self.steps) == 1:
             initial = list(self.steps)

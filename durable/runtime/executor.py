@@ -6,7 +6,6 @@ but what ends the process.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -42,7 +41,7 @@ def is_async(app: Durable, claimed: Claimed) -> bool:
     """Whether the step of a claimed row is `async def`."""
     definition = app.definitions[claimed.machine, claimed.machine_version]
     if isinstance(definition, MachineDefinition):
-        return inspect.iscoroutinefunction(definition.steps.get(claimed.step))
+        return claimed.step in definition.async_steps
     return definition.is_async
 
 

@@ -57,7 +57,7 @@ class MachineRunner:
             return failed(claimed, error)
         if self._app.conf.log_payloads:
             reporting.arguments(claimed, data)
-        is_async = inspect.iscoroutinefunction(step)
+        is_async = claimed.step in definition.async_steps
         context: Context[Any] = Context(claimed, self._app, log, state, self._begin, is_async)
         machine = definition.cls()
         error_seen: BaseException
@@ -124,7 +124,7 @@ class MachineRunner:
     def outcome(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
         """Turn an outcome into a Commit. Raises OutcomeError, PayloadError, ValidationError: errors of the step."""
         serializer = definition.options.serializer
-        awaited = [signal.id for signal in context.awaited]
+        awaited = [signal.id for signal in context.awaited] if claimed.awaits else []
         match value:
             case Done(result):
                 return Commit(claimed, "done", self._codec.encode(result, "result", serializer))
@@ -208,6 +208,8 @@ class MachineRunner:
 
     def _limits(self, claimed: Claimed, outcome: Next) -> Limits | None:
         """What the next step is limited by, checked; None when that is no more than the key it had."""
+        if outcome.concurrency_key is KEEP and outcome.rate_limit is None:
+            return None
         key = claimed.concurrency_key if outcome.concurrency_key is KEEP else outcome.concurrency_key
         limits = Limits(key, cast("str | None", outcome.rate_limit), outcome.weight or 1)
         if limits == Limits(claimed.concurrency_key):
