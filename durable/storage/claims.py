@@ -300,8 +300,8 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
             "attempts": Int4Array([commit.attempt for commit in staying]),
             "delays": Float8Array([commit.delay for commit in staying]),
             "timeouts": Float8Array([commit.timeout for commit in staying]),
-            "awaits": TextArray([json.dumps(list(commit.awaits)) for commit in staying]),
-            "shown": TextArray([json.dumps(list(commit.shown)) for commit in staying]),
+            "awaits": TextArray([_json_list(commit.awaits) for commit in staying]),
+            "shown": TextArray([_json_list(commit.shown) for commit in staying]),
             "result_types": TextArray([commit.result and commit.result.type for commit in staying]),
             "results": ByteaArray([commit.result and commit.result.body for commit in staying]),
             "errors": TextArray([commit.error for commit in staying]),
@@ -334,6 +334,10 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
         flushed.ready.update(commits[row[0]].claimed.queue for row in woken)
     flushed.ended.update(ended)
     flushed.ready.update((yield from end(ended)))
+
+
+def _json_list(values: Sequence[int | str]) -> str:
+    return json.dumps(list(values)) if values else "[]"
 
 
 def _relimit(changed: Mapping[int, Limits]) -> Operation[None]:
