@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import psycopg
@@ -17,26 +17,16 @@ from durable.storage import inspection, limits, migrations
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
 from durable.storage.session import Connection, describe, run
-from durable_cli.exits import FAILED
+from durable_cli import repairing
+from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import note, print_json, print_table, say, seconds
+from durable_cli.repairing import ERROR, SLACK, WARNING, Finding, counted
 from durable_cli.session import Session, connected, database_options
 from durable_cli.values import SECONDS
 
-ERROR, WARNING = "error", "warning"
 CROWDED, FULL = 0.8, 0.95
 """Parts of the server's connections that are in use."""
 NOTIFICATIONS = 0.5
-SLACK = 60.0
-"""Seconds beyond the settings' that reapers and collectors get before they are missed."""
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong. `severity`: an error is felt now, a warning will be."""
-
-    severity: str
-    finding: str
-    cause: str
-    remedy: str
 
 
 class Limits(NamedTuple):
@@ -65,24 +55,40 @@ class Limits(NamedTuple):
     "--max-wait", type=SECONDS, metavar="SECONDS", default="30", show_default=True,
     help="How long work may wait in a queue that no worker serves.",
 )  # fmt: skip
+@click.option("--fix", is_flag=True, help="First mend rows that contradict each other, and say which.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --fix.")
 @database_options
 @click.pass_context
-def doctor(ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float) -> None:
+def doctor(
+    ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float, fix: bool, yes: bool
+) -> None:
     """Say what is wrong and who causes it; exit with 1 if anything is, else with 0.
 
-    Looks only, and changes nothing. With a role that may not see other roles' sessions it sees less (grant pg_monitor).
+    Looks only, and changes nothing without --fix, which mends rows whose parent is gone, barriers that count wrongly,
+    signals that nobody would see. With a role that may not see other roles' sessions it sees less (grant pg_monitor).
     """
     session: Session = ctx.obj
+    if yes and not fix:
+        raise CommandError("--yes is for --fix; without it nothing is changed", USAGE)
     app = session.database()
+    repaired: list[dict[str, Any]] = []
     with connected(app, app.database.dsn(), schema_needed=False) as connection:
+        if fix:
+            migrations.check(connection, app.schema)
+            repaired = repairing.repair(app, connection, yes=yes)
         found = list(examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)))
         blind = not run(connection, app.sql, looks.sees_others())
     found.sort(key=lambda finding: finding.severity)
     if blind:
         note("Note: this role sees only its own sessions; `GRANT pg_monitor` shows who holds back vacuum")
     if session.as_json:
-        print_json({"healthy": not found, "findings": [finding._asdict() for finding in found]})
-    elif found:
+        document = {"healthy": not found, "findings": [finding._asdict() for finding in found]}
+        print_json({**document, "repaired": repaired} if fix else document)
+        ctx.exit(FAILED if found else 0)
+    for report in repaired:
+        ids = f": {', '.join(map(str, report['ids']))}" if report["ids"] else ""
+        say(f"repaired: {report['repair']} ({report['count']:,}){ids}")
+    if found:
         print_table(Finding._fields, found)
     else:
         say("healthy: nothing is wrong")
@@ -98,6 +104,7 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     processes = run(connection, app.sql, inspection.processes())
     yield from _vacuum(app, connection, most)
     yield from _leases(app, connection)
+    yield from repairing.findings(repairing.damage(app, connection))
     yield from _waiting(app, connection, queues, most)
     yield from _limits(app, connection)
     yield from _beat(app, connection, processes)
@@ -119,7 +126,7 @@ def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:
 
 
 def _vacuum(app: Durable, connection: Connection, most: Limits) -> Iterator[Finding]:
-    tables = run(connection, app.sql, looks.dead_rows(app.schema))
+    tables = run(connection, app.sql, looks.deadcounted(app.schema))
     dead = sum(table.dead for table in tables)
     held = [holder for holder in run(connection, app.sql, looks.holders()) if _holds(holder, most)]
     for holder in held:
@@ -192,7 +199,7 @@ def _leases(app: Durable, connection: Connection) -> Iterator[Finding]:
         yield Finding(
             ERROR,
             "stuck lease",
-            f"{who}, still holds {_rows(row.number, row.example)}",
+            f"{who}, still holds {counted(row.number, row.example)}",
             "start a beat or a worker with reaper=True: it hands them back",
         )
 
@@ -220,7 +227,7 @@ def _waiting(app: Durable, connection: Connection, queues: list[QueueState], mos
             ERROR,
             "unknown task",
             f"no live worker of queue {row.queue} knows {row.machine!r} version {row.version}; "
-            f"{_rows(row.number, row.example)} wait for it",
+            f"{counted(row.number, row.example)} wait for it",
             "deploy a worker with that task and version, or cancel them (durable check names them before a deploy)",
         )
 
@@ -230,7 +237,7 @@ def _limits(app: Durable, connection: Connection) -> Iterator[Finding]:
         yield Finding(
             ERROR,
             "unknown limit",
-            f"rate limit {row.name!r} is not in the database; {_rows(row.number, row.example)} wait for it",
+            f"rate limit {row.name!r} is not in the database; {counted(row.number, row.example)} wait for it",
             f"declare it in the app and run `durable migrate`, or durable limits set {row.name} RATE",
         )
     there = {(row.kind, row.name) for row in run(connection, app.sql, limits.read())}
@@ -343,7 +350,3 @@ def _listen_dsn(app: Durable, title: str) -> Iterator[Finding]:
             return
         cause = "listen_dsn leads through a pooler in transaction mode, where LISTEN does not hold"
     yield Finding(ERROR, "listen_dsn", cause, "set listen_dsn to a DSN past the pooler")
-
-
-def _rows(count: int, example: int) -> str:
-    return f"{count:,} instance{'' if count == 1 else 's'} (id {example})"

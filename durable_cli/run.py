@@ -101,7 +101,7 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
     "--max-memory-per-child", type=BYTES, metavar="SIZE",
     help="Resident size beyond which a process is replaced after its step: 200MB, or a number of KiB.",
 )  # fmt: skip
-@metrics.port_option
+@metrics.options
 @app_options
 @click.pass_context
 def worker(
@@ -119,6 +119,7 @@ def worker(
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
     metrics_port: int | None,
+    metrics_host: str,
 ) -> None:
     """Run tasks in worker processes.
 
@@ -138,7 +139,7 @@ def worker(
             raise click.BadParameter(f"that makes more than {MOST_PROCESSES} threads", param_hint="'-c'")
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
-    ctx.with_resource(metrics.shared(metrics_port))
+    ctx.with_resource(metrics.shared(metrics_port, metrics_host))
     app = session.app()
     given = {
         "prefetch": prefetch,
@@ -147,7 +148,7 @@ def worker(
         "max_memory_per_child": max_memory_per_child,
     }
     app.conf.update(**{setting: value for setting, value in given.items() if value is not None})
-    metrics.serve(metrics_port, "agent")
+    metrics.serve(metrics_port, metrics_host, "agent")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel, log_format)
     name_process("durable-worker")
@@ -167,15 +168,17 @@ def worker(
 @loglevel_option
 @logformat_option
 @name_option
-@metrics.port_option
+@metrics.options
 @app_options
 @click.pass_context
-def beat(ctx: click.Context, loglevel: str, log_format: str, name: str | None, metrics_port: int | None) -> None:
+def beat(
+    ctx: click.Context, loglevel: str, log_format: str, name: str | None, metrics_port: int | None, metrics_host: str
+) -> None:
     """Run what goes by the clock: due instances, leases that ran out, garbage. Any number may run."""
     session: Session = ctx.obj
-    ctx.with_resource(metrics.shared(metrics_port))
+    ctx.with_resource(metrics.shared(metrics_port, metrics_host))
     app = session.app()
-    metrics.serve(metrics_port, "beat")
+    metrics.serve(metrics_port, metrics_host, "beat")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel, log_format)
     name_process("durable-beat")

@@ -1,13 +1,20 @@
-"""What `durable doctor` reads: who holds back vacuum, what is stuck, what room is left. SQL in sql/doctor.sql."""
+"""What `durable doctor` reads: who holds back vacuum, what is stuck, what room is left. SQL in sql/doctor.sql.
+
+And what it mends: rows that contradict each other. SQL in sql/repair.sql.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple
 
 from durable.sql import Statements
 from durable.storage import maintenance, partitions
+from durable.storage.arrays import Int8Array
 from durable.storage.session import Connection, Operation, connect, run
 
 LOOKS = 8
@@ -109,6 +116,49 @@ class WaitingSignal(NamedTuple):
     payload: bytes
 
 
+class LostParent(NamedTuple):
+    """A live child whose parent is nowhere."""
+
+    id: int
+    parent_id: int
+
+
+class WrongBarrier(NamedTuple):
+    """A parent, how many children it waits for, and how many of them there are."""
+
+    id: int
+    pending: int
+    unfinished: int
+
+
+class Unheard(NamedTuple):
+    """A live instance, and how many signals it would never be shown or sleeps on."""
+
+    id: int
+    signals: int
+
+
+class Damage(NamedTuple):
+    """Rows that contradict each other; `letters` counts signals of what is not live, of `addressee` for one."""
+
+    parents: Sequence[LostParent] = ()
+    barriers: Sequence[WrongBarrier] = ()
+    unheard: Sequence[Unheard] = ()
+    letters: int = 0
+    addressee: int | None = None
+
+
+@dataclass
+class Repaired:
+    """What a repair did: ids by what was done to them, how many signals were deleted, queue -> rows that now run."""
+
+    detached: list[int] = field(default_factory=list)
+    recounted: list[int] = field(default_factory=list)
+    heard: list[int] = field(default_factory=list)
+    deleted: int = 0
+    ready: Counter[str] = field(default_factory=Counter)
+
+
 def holders() -> Operation[list[Holder]]:
     """Return everything that holds the vacuum horizon of this database, the oldest first."""
     rows = yield "horizon_holders", {}
@@ -193,6 +243,46 @@ def inbox_page(after: int, limit: int) -> Operation[list[WaitingSignal]]:
     """Return at most `limit` unconsumed signals with ids above `after`."""
     rows = yield "inbox_page", {"after": after, "limit": limit}
     return [WaitingSignal(*row) for row in rows]
+
+
+def damage(retention: float, slack: float) -> Operation[Damage]:
+    """Return what contradicts itself; signals of the finished count when garbage collection is `slack` seconds late."""
+    parents = yield "lost_parents", {"retention": retention}
+    barriers = yield "wrong_barriers", {}
+    unheard = yield "unheard_signals", {}
+    letters = yield "dead_letters", {"slack": slack}
+    return Damage(
+        [LostParent(*row) for row in parents],
+        [WrongBarrier(*row) for row in barriers],
+        [Unheard(*row) for row in unheard],
+        *letters[0],
+    )
+
+
+def repair(found: Damage) -> Operation[Repaired]:
+    """Mend what was found, as far as it is still so. Needs a transaction.
+
+    A child of a lost parent reports to nobody, a barrier is counted again, an inbox is shown to its owner; signals of
+    the finished are deleted.
+    """
+    done = Repaired()
+    rows = [*found.parents, *found.barriers, *found.unheard]
+    if rows:
+        yield "hold_rows", {"ids": Int8Array(sorted({row.id for row in rows}))}
+    if found.parents:
+        detached = yield "detach", {"ids": Int8Array([row.id for row in found.parents])}
+        done.detached = sorted(row[0] for row in detached)
+    if found.barriers:
+        recounted = yield "mend_barriers", {"ids": Int8Array([row.id for row in found.barriers])}
+        done.recounted = sorted(row[0] for row in recounted)
+        done.ready.update(queue for _, queue, status in recounted if status == "runnable")
+    if found.unheard:
+        heard = yield "mend_inboxes", {"ids": Int8Array([row.id for row in found.unheard])}
+        done.heard = sorted(row[0] for row in heard)
+        done.ready.update(queue for _, queue, woken in heard if woken)
+    if found.letters:
+        done.deleted = yield from maintenance.sweep_signals()
+    return done
 
 
 def kept_partitions(connection: Connection, sql: Statements, retention: float, slack: float) -> list[date]:

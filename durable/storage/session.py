@@ -151,6 +151,12 @@ def translate(error: psycopg.Error, schema: str) -> DurableError | None:
     return None
 
 
+def advise(error: psycopg.Error, schema: str) -> str:
+    """Return what a process that tries on says of an error: with what to do, where waiting alone does not help."""
+    ours = None if isinstance(error, CONNECTION_LOST) else translate(error, schema)
+    return describe(error) if ours is None else str(ours)
+
+
 @contextmanager
 def translated(schema: str) -> Iterator[None]:
     """Raise our errors instead of psycopg's where `translate` knows one."""
