@@ -32,9 +32,10 @@ class Found(NamedTuple):
 def look(app: Durable) -> Found:
     """Return what the database is, if this code can work on it; an embedded one is started, and its schema made.
 
-    Raises CommandError with code CONFIG, and ConfigError for a wrong entry of `beat_schedule`, which the forked
-    processes could only die of.
+    Raises CommandError with code CONFIG, and ConfigError for settings that do not fit each other and for a wrong entry
+    of `beat_schedule`, which the forked processes could only die of.
     """
+    app.conf.update()  # what was assigned one by one is checked together
     app.schedules()
     if app.database.embedded:
         # Held by this process, not by the child that looks: the server has to outlive the look. Nothing stays open

@@ -167,6 +167,17 @@ def test_a_share_that_makes_no_sense_is_refused(
 
 
 @pytest.mark.parametrize("command", ["worker", "beat"])
+def test_settings_that_do_not_fit_each_other_start_nothing(
+    durable: Callable[..., Ran], tasks_module: Callable[[str], Path], command: str
+) -> None:
+    """Assigned one by one each is right by itself."""
+    tasks_module("app.conf.heartbeat_interval = 15\n")
+    ran = durable(command)
+    assert ran.code == 3
+    assert "lease_ttl (20 s) must be more than twice heartbeat_interval (15 s)" in ran.error
+
+
+@pytest.mark.parametrize("command", ["worker", "beat"])
 def test_a_wrong_entry_of_beat_schedule_is_said_once_and_nothing_is_forked(
     durable: Callable[..., Ran], tasks_module: Callable[[str], Path], command: str
 ) -> None:
