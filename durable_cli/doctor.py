@@ -126,7 +126,7 @@ def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:
 
 
 def _vacuum(app: Durable, connection: Connection, most: Limits) -> Iterator[Finding]:
-    tables = run(connection, app.sql, looks.deadcounted(app.schema))
+    tables = run(connection, app.sql, looks.dead_rows(app.schema))
     dead = sum(table.dead for table in tables)
     held = [holder for holder in run(connection, app.sql, looks.holders()) if _holds(holder, most)]
     for holder in held:

@@ -54,7 +54,7 @@ def instances(tasks_module: Callable[[str], Path], app: Durable, rows: Rows) -> 
     return [str(instance) for instance in made]
 
 
-READERS = ["list", "status", "queues", "workers", "limits", "schedules", "inspect active",
+READERS = ["list", "status", "queues", "workers", "limits list", "schedules list", "inspect active",
            "inspect registered", "doctor", "check", "migrate --status", *(f"{command} #{n}" for n in range(4)
            for command in ("show", "result --no-wait", "cancel", "retry"))]  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_no_command_prints_what_a_terminal_obeys(durable: Callable[..., Ran], in
         shown[reader] = ran.out + ran.err
     assert {reader: text for reader, text in shown.items() if OBEYED.search(text)} == {}
     seen = [reader for reader, text in shown.items() if "script>" in text]
-    assert {"list", "status", "queues", "workers", "limits", "show #0", "show #1", "result --no-wait #0"} <= set(seen)
+    assert {"list", "status", "queues", "workers", "limits list", "show #0", "show #1", "result --no-wait #0"} <= set(seen)
 
 
 @pytest.mark.parametrize(

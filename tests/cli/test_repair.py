@@ -16,9 +16,9 @@ from durable.storage import doctor as looks
 from durable.storage import instances
 from tests.cli.conftest import Ran
 from tests.fix_rows import Rows, done, new
-from tests.machines.driver import Driver, driver, drivers
+from tests.machines.driver import Drivers, drivers
 
-__all__ = ["driver", "drivers"]
+__all__ = ["drivers"]
 
 SLACK, RETENTION = 180.0, 86400.0
 Break = Callable[[Rows], int]
@@ -44,7 +44,7 @@ def orphan(rows: Rows) -> int:
 
 def own_child(rows: Rows) -> int:
     (child,) = rows.insert(1)
-    rows.fetch("UPDATE {schema}.instances SET parent_id = id, parent_round = 1")
+    rows.fetch("UPDATE {schema}.instances SET parent_id = id, parent_round = 1 WHERE id = %s", [child])
     return child
 
 
@@ -76,7 +76,10 @@ def unseen(rows: Rows) -> int:
 
 def slept_over(rows: Rows) -> int:
     (instance,) = rows.insert(1)
-    rows.fetch("UPDATE {schema}.instances SET status = 'awaiting_signal', awaits = '{paid}', inbox = true")
+    rows.fetch(
+        "UPDATE {schema}.instances SET status = 'awaiting_signal', awaits = '{paid}', inbox = true WHERE id = %s",
+        [instance],
+    )
     signal(rows, instance)
     return instance
 
@@ -198,7 +201,7 @@ def test_a_repair_waits_for_an_end_in_progress_and_counts_what_is_left_then(rows
 
 
 def test_a_parent_whose_barrier_was_mended_goes_on_to_its_end(
-    app: Durable, driver: Driver, doctor: Callable[..., Ran], rows: Rows
+    app: Durable, drivers: Drivers, doctor: Callable[..., Ran], rows: Rows
 ) -> None:
     @app.task(name="leaf")
     def leaf() -> int:
@@ -214,7 +217,7 @@ def test_a_parent_whose_barrier_was_mended_goes_on_to_its_end(
         def count(self, ctx: Context) -> Any:
             return Done(sum(child.result for child in ctx.children))
 
-    tree = app.insert("tree")
+    tree, driver = app.insert("tree"), drivers()
     driver.step()
     rows.fetch("UPDATE {schema}.instances SET children_pending = 7 WHERE id = %s", [tree.id])
     driver.drain()

@@ -48,7 +48,7 @@ class Order(Machine):
 
     @step
     def paid(self, ctx):
-        return Done([signal.name for signal in ctx.signals.awaited])
+        return Done([signal.name for signal in ctx.awaited])
 
     @step
     def join(self, ctx):
