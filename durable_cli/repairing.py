@@ -40,11 +40,13 @@ def findings(found: Damage) -> Iterator[Finding]:
         lost = found.parents[0]
         cause = f"{counted(len(found.parents), lost.id)} report to a parent that is gone ({lost.parent_id})"
         yield Finding(WARNING, "lost parent", cause, f"{FIX}: they then report to nobody")
-    for barrier in found.barriers:
-        cause = f"instance {barrier.id} waits for {barrier.pending} children, of which {barrier.unfinished} are left"
+    if found.barriers:
+        barrier, others = found.barriers[0], _others(found.barriers)
+        cause = f"instance {barrier.id}{others} waits for {barrier.pending} children, and {barrier.unfinished} are left"
         yield Finding(ERROR, "wrong barrier", cause, f"{FIX}: they are counted again")
-    for row in found.unheard:
-        cause = f"instance {row.id} is not shown {row.signals} of its signals"
+    if found.unheard:
+        row, others = found.unheard[0], _others(found.unheard)
+        cause = f"instance {row.id}{others} is not shown {row.signals} of its signals"
         yield Finding(ERROR, "unheard signal", cause, f"{FIX}: it is shown them")
     if found.letters:
         cause = f"{found.letters:,} signals are for instances that are over, or gone (id {found.addressee})"
@@ -58,9 +60,7 @@ def repair(app: Durable, connection: Connection, *, yes: bool) -> list[dict[str,
     causes = [finding.cause for finding in findings(found)]
     if not causes:
         return []
-    what = f"repair {len(causes)} finding{'' if len(causes) == 1 else 's'}: {'; '.join(causes[:3])}" + (
-        "; ..." if causes[3:] else ""
-    )
+    what = f"repair what is wrong: {'; '.join(causes)}"
     where = f"schema {app.schema!r}, database {connection.info.dbname!r}"
     if not yes:
         if sys.stdin is None or not sys.stdin.isatty():
@@ -81,6 +81,10 @@ def repair(app: Durable, connection: Connection, *, yes: bool) -> list[dict[str,
 
 def _report(repair: str, ids: Sequence[int]) -> dict[str, Any]:
     return {"repair": repair, "ids": list(ids), "count": len(ids)}
+
+
+def _others(rows: Sequence[object]) -> str:
+    return f" (and {len(rows) - 1:,} more like it)" if rows[1:] else ""
 
 
 def counted(count: int, example: int) -> str:

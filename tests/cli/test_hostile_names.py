@@ -69,7 +69,19 @@ def test_no_command_prints_what_a_terminal_obeys(durable: Callable[..., Ran], in
         shown[reader] = ran.out + ran.err
     assert {reader: text for reader, text in shown.items() if OBEYED.search(text)} == {}
     seen = [reader for reader, text in shown.items() if "script>" in text]
-    assert {"list", "status", "queues", "workers", "limits list", "show #0", "show #1", "result --no-wait #0"} <= set(seen)
+    assert {"list", "status", "queues", "workers", "limits list", "show #0", "show #1", "result --no-wait #0"} <= set(
+        seen
+    )
+
+
+def test_an_app_that_fails_at_import_says_so_in_a_line_that_is_safe(
+    durable: Callable[..., Ran], tasks_module: Callable[[str], Path]
+) -> None:
+    tasks_module(f"raise ValueError({EVIL!r})\n")
+    ran = durable("list")
+    assert ran.code == 3
+    assert "script>" in ran.error
+    assert not OBEYED.search(ran.err), ascii(ran.err)
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,11 @@ def posthumous(rows: Rows) -> int:
 DAMAGE: dict[str, tuple[Break, str, str, dict[str, Any]]] = {
     "a parent that is gone": (orphan, "lost parent", "that is gone", {"parent_id": None, "parent_round": None}),
     "a parent of its own": (own_child, "lost parent", "that is gone", {"parent_id": None, "parent_round": None}),
-    "too many": (waits_for_too_many, "wrong barrier", "waits for 5 children, of which 2 are left",
+    "too many": (waits_for_too_many, "wrong barrier", "waits for 5 children, and 2 are left",
                  {"children_pending": 2, "status": "awaiting_children"}),
-    "too few": (waits_for_too_few, "wrong barrier", "waits for 1 children, of which 2 are left",
+    "too few": (waits_for_too_few, "wrong barrier", "waits for 1 children, and 2 are left",
                 {"children_pending": 2, "status": "awaiting_children"}),
-    "nobody": (waits_for_nobody, "wrong barrier", "waits for 2 children, of which 0 are left",
+    "nobody": (waits_for_nobody, "wrong barrier", "waits for 2 children, and 0 are left",
                {"children_pending": 0, "status": "runnable"}),
     "a signal unseen": (unseen, "unheard signal", "is not shown 1 of its signals",
                         {"inbox": True, "status": "runnable"}),
@@ -153,6 +153,13 @@ def test_damage_is_named_left_alone_and_mended_when_asked_for(
     else:
         assert rows.fetch("SELECT FROM {schema}.signals") == []
     assert doctor("--fix", "--yes", "--json").json == {"healthy": True, "findings": [], "repaired": []}
+
+
+def test_many_of_a_kind_are_one_finding(doctor: Callable[..., Ran], rows: Rows) -> None:
+    first, *_ = [waits_for_too_many(rows) for _ in range(3)]
+    (finding,) = doctor("--json").json["findings"]
+    assert finding["cause"] == f"instance {first} (and 2 more like it) waits for 5 children, and 2 are left"
+    assert doctor("--fix", "-y", "--json").json["repaired"][0]["count"] == 3
 
 
 def test_what_ordinary_life_leaves_is_no_damage(app: Durable, doctor: Callable[..., Ran], rows: Rows) -> None:
@@ -227,7 +234,9 @@ def test_a_parent_whose_barrier_was_mended_goes_on_to_its_end(
     assert tree.result == 3
 
 
-@pytest.mark.parametrize(("answer", "code", "said"), [(b"n\n", 1, b"Aborted"), (b"y\n", 0, b"Repair 1 finding: ")])
+@pytest.mark.parametrize(
+    ("answer", "code", "said"), [(b"n\n", 1, b"Aborted"), (b"y\n", 0, b"Repair what is wrong: instance ")]
+)
 def test_a_repair_asks_on_a_terminal(rows: Rows, database: str, answer: bytes, code: int, said: bytes) -> None:
     parent = waits_for_too_many(rows)
     ours, theirs = pty.openpty()
