@@ -266,18 +266,20 @@ def repair(found: Damage) -> Operation[Repaired]:
     the finished are deleted.
     """
     done = Repaired()
-    rows = [*found.parents, *found.barriers, *found.unheard]
-    if rows:
-        yield "hold_rows", {"ids": Int8Array(sorted({row.id for row in rows}))}
-    if found.parents:
-        detached = yield "detach", {"ids": Int8Array([row.id for row in found.parents])}
+    orphans = [row.id for row in found.parents]
+    parents = [row.id for row in found.barriers]
+    deaf = [row.id for row in found.unheard]
+    if orphans or parents or deaf:
+        yield "hold_rows", {"ids": Int8Array(sorted({*orphans, *parents, *deaf}))}
+    if orphans:
+        detached = yield "detach", {"ids": Int8Array(orphans)}
         done.detached = sorted(row[0] for row in detached)
-    if found.barriers:
-        recounted = yield "mend_barriers", {"ids": Int8Array([row.id for row in found.barriers])}
+    if parents:
+        recounted = yield "mend_barriers", {"ids": Int8Array(parents)}
         done.recounted = sorted(row[0] for row in recounted)
         done.ready.update(queue for _, queue, status in recounted if status == "runnable")
-    if found.unheard:
-        heard = yield "mend_inboxes", {"ids": Int8Array([row.id for row in found.unheard])}
+    if deaf:
+        heard = yield "mend_inboxes", {"ids": Int8Array(deaf)}
         done.heard = sorted(row[0] for row in heard)
         done.ready.update(queue for _, queue, woken in heard if woken)
     if found.letters:
