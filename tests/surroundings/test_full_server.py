@@ -1,0 +1,64 @@
+"""A server whose every connection somebody else has taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg
+
+from tests.fix_app import Command
+from tests.fix_db import wait_until
+from tests.surroundings.load import Load
+from tests.surroundings.server import OwnServer
+
+OURS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'durable %'"
+FULL = ("too many clients", "remaining connection slots are reserved")
+
+
+def take_all(server: OwnServer) -> list[psycopg.Connection[tuple[object, ...]]]:
+    """Take every connection that an ordinary role may have, away from those who have one too."""
+    taken: list[psycopg.Connection[tuple[object, ...]]] = []
+
+    def nothing_is_left() -> bool:
+        server.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'durable %'")
+        refused = server.said(*FULL)
+        while server.said(*FULL) == refused:
+            with suppress(psycopg.OperationalError):
+                taken.append(psycopg.connect(server.dsn, application_name="a bystander"))
+        return server.run(OURS) == [(0,)]
+
+    wait_until(nothing_is_left, what="a server full of bystanders")
+    return taken
+
+
+def test_a_full_server_is_waited_for_by_workers_old_and_new_and_producers_are_told_why(
+    own_server: Callable[..., OwnServer], load: Callable[..., Load], durable_worker: Callable[..., Command]
+) -> None:
+    server = own_server(max_connections=20)
+    producing = load(server.dsn, server.admin)
+    worker = durable_worker("worker", "-c", "2", **producing.environment)
+    before = worker.started(count=3)
+    producing.start()
+    producing.finished(20)
+
+    bystanders = take_all(server)
+    refused = server.said(*FULL)
+    newcomer = durable_worker("worker", "-c", "1", wait=False, **producing.environment)
+    wait_until(lambda: "waiting for it" in newcomer.output(), what="a newcomer that waits")
+    wait_until(lambda: len(producing.errors) >= 2, what="producers that are refused")
+    wait_until(lambda: server.said(*FULL) >= refused + 10, what="ten refusals")
+    assert server.run(OURS) == [(0,)]
+    assert newcomer.process.poll() is None
+    assert newcomer.children("durable:default") == []
+    for bystander in bystanders:
+        bystander.close()
+
+    newcomer.started("durable:default")
+    producing.progress()
+    producing.finished()
+    assert worker.children() == before
+    producing.settle()
+    assert producing.said("raise max_connections") >= 2
+    assert "the database is back" in worker.output()
+    assert (worker.stop(), newcomer.stop()) == (0, 0)
