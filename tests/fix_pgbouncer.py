@@ -40,7 +40,7 @@ class PgBouncer:
         self._ini.write_text(
             f"[databases]\n{server['dbname']} = user={server['user']} host={server['host']} port={server['port']}\n"
             f"[pgbouncer]\nlisten_port = {PORT}\nunix_socket_dir = {self.folder}\nlisten_addr =\n"
-            "auth_type = any\nauth_file =\nlogfile =\npidfile =\n"
+            "auth_type = any\nauth_file =\nadmin_users = anybody\nlogfile =\npidfile =\n"
             + "".join(f"{name} = {value}\n" for name, value in given.items())
         )
         self.dsn = make_conninfo("", host=str(self.folder), port=PORT, dbname=str(server["dbname"]), user="anybody")

@@ -18,7 +18,7 @@ def own_server() -> Iterator[Callable[..., OwnServer]]:
     """Start one with such settings, an ordinary role and the schema on it."""
     started: list[OwnServer] = []
 
-    def start(**settings: object) -> OwnServer:
+    def start(**settings: Any) -> OwnServer:
         server = OwnServer(**settings)
         started.append(server)
         server.prepare()

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from durable import DatabaseUnavailableError, Durable
+from durable import Durable
+from durable.errors import DatabaseUnavailableError
 from tests.fix_db import wait_until
 
 SCHEMA = "around"
@@ -130,7 +131,7 @@ class Load:
 
     def _rows(self, statement: str) -> list[tuple[Any, ...]]:
         with psycopg.connect(self._admin, autocommit=True) as connection:
-            return connection.execute(statement).fetchall()  # type: ignore[call-overload,no-any-return]
+            return connection.execute(statement).fetchall()
 
     def _produce(self, first: int) -> None:
         number = first

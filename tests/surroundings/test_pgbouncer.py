@@ -7,7 +7,8 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from durable import DatabaseUnavailableError, Durable
+from durable import Durable
+from durable.errors import DatabaseUnavailableError
 from tests.fix_app import Command
 from tests.fix_db import wait_until
 from tests.fix_pgbouncer import PgBouncer

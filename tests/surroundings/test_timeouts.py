@@ -57,8 +57,10 @@ def a_note(producing: Load) -> type[Machine]:
 
 def inserted(note: type[Machine], count: int, producing: Load, server: OwnServer) -> list[AsyncResult[Any]]:
     """Insert so many, by somebody who has all the time in the world."""
-    with psycopg.connect(server.admin, autocommit=True) as patient, producing.app.batch(connection=patient):
-        return [note.delay() for _ in range(count)]
+    with psycopg.connect(server.admin, autocommit=True) as patient:
+        with producing.app.batch(connection=patient):
+            results = [note.delay() for _ in range(count)]
+        return results
 
 
 @contextmanager
