@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,13 @@ def test_a_synchronous_standby_takes_over_and_nothing_that_was_acknowledged_is_l
     producing.start()
     producing.finished(50)
 
+    # The standby receives nothing more, so that what is acknowledged from now on would be lost.
+    ((receiver,),) = second.run("SELECT pid FROM pg_stat_wal_receiver")
+    os.kill(receiver, signal.SIGSTOP)
+    waiting = "SELECT count(*) >= 2 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    wait_until(lambda: primary.run(waiting) == [(True,)], what="commits that wait for the standby")
     primary.server.stop("immediate")
+    os.kill(receiver, signal.SIGCONT)
     wait_until(lambda: "the database can't be reached" in worker.output(), what="workers that miss it")
     wait_until(lambda: len(producing.errors) >= 2, what="producers that are told so")
     last = max(producing.acknowledged)
