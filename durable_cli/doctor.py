@@ -14,7 +14,7 @@ from durable.storage import doctor as looks
 from durable.storage import inspection, limits, migrations
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
-from durable.storage.session import Connection, run
+from durable.storage.session import Connection, run, translated
 from durable_cli import surroundings
 from durable_cli.exits import FAILED
 from durable_cli.output import note, print_json, print_table, say, seconds
@@ -64,8 +64,12 @@ def doctor(ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max
     """
     session: Session = ctx.obj
     app = session.database()
+    with translated(app.schema):
+        ways = surroundings.ways(app, f"durable {app.name} doctor")
+    poolers = list(surroundings.poolers(ways, app.conf))
+    app.conf.pooler = ways.mode is not None  # nothing of ours is left in a pooler's sessions
     with connected(app, app.database.dsn(), schema_needed=False) as connection:
-        found = list(examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)))
+        found = [*examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)), *poolers]
         blind = not run(connection, app.sql, looks.sees_others())
     found.sort(key=lambda finding: finding.severity)
     if blind:
@@ -94,7 +98,6 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     yield from _partitions(app, connection)
     yield from _server(app, connection)
     yield from surroundings.settings(run(connection, app.sql, looks.settings()), app.conf)
-    yield from surroundings.poolers(surroundings.ways(app, f"durable {app.name} doctor"), app.conf)
 
 
 def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:

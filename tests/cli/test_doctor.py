@@ -340,6 +340,9 @@ def test_a_pooler_in_transaction_mode_is_recognized_and_what_it_needs_is_said(
     finding = the_one(doctor(dsn=dsn), "pooler")
     assert finding["severity"] == "error"
     assert "pooler in transaction mode" in finding["cause"]
+    with psycopg.connect(dsn) as one, psycopg.connect(dsn) as two:
+        for client in (one, two):
+            assert client.execute("SHOW search_path").fetchone() == ('"$user", public',)
     finding = the_one(doctor(dsn=dsn, DURABLE_POOLER="1"), "listen_dsn")
     assert "nothing can LISTEN" in finding["cause"]
     assert doctor(dsn=dsn, DURABLE_POOLER="1", DURABLE_NOTIFY="0") == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psycopg
 
@@ -17,7 +17,8 @@ ROOM = CONNECTIONS - RESERVED
 FULL = ("too many clients", "remaining connection slots are reserved")
 
 
-def take_all(server: OwnServer) -> list[psycopg.Connection[tuple[object, ...]]]:
+@contextmanager
+def full(server: OwnServer) -> Iterator[None]:
     """Take every connection that an ordinary role may have, away from those who have one too."""
     taken: list[psycopg.Connection[tuple[object, ...]]] = []
 
@@ -28,8 +29,12 @@ def take_all(server: OwnServer) -> list[psycopg.Connection[tuple[object, ...]]]:
                 taken.append(psycopg.connect(server.dsn))
         return len(taken) == ROOM
 
-    wait_until(nothing_is_left, what="a server full of bystanders")
-    return taken
+    try:
+        wait_until(nothing_is_left, what="a server full of bystanders")
+        yield
+    finally:
+        for bystander in taken:
+            bystander.close()
 
 
 def test_a_full_server_is_waited_for_by_workers_old_and_new_and_producers_are_told_why(
@@ -42,16 +47,14 @@ def test_a_full_server_is_waited_for_by_workers_old_and_new_and_producers_are_to
     producing.start()
     producing.finished(20)
 
-    bystanders = take_all(server)
-    refused = server.said(*FULL)
-    newcomer = durable_worker("worker", "-c", "1", wait=False, **producing.environment)
-    wait_until(lambda: "waiting for it" in newcomer.output(), what="a newcomer that waits")
-    wait_until(lambda: producing.said("raise max_connections") >= 2, what="producers that are refused")
-    wait_until(lambda: server.said(*FULL) >= refused + 10, what="ten refusals")
-    assert newcomer.process.poll() is None
-    assert newcomer.children("durable:default") == []
-    for bystander in bystanders:
-        bystander.close()
+    with full(server):
+        refused = server.said(*FULL)
+        newcomer = durable_worker("worker", "-c", "1", wait=False, **producing.environment)
+        wait_until(lambda: "waiting for it" in newcomer.output(), what="a newcomer that waits")
+        wait_until(lambda: producing.said("raise max_connections") >= 2, what="producers that are refused")
+        wait_until(lambda: server.said(*FULL) >= refused + 10, what="ten refusals")
+        assert newcomer.process.poll() is None
+        assert newcomer.children("durable:default") == []
 
     newcomer.started("durable:default")
     producing.progress()

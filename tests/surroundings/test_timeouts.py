@@ -58,8 +58,7 @@ def a_note(producing: Load) -> type[Machine]:
 def inserted(note: type[Machine], count: int, producing: Load, server: OwnServer) -> list[AsyncResult[Any]]:
     """Insert so many, by somebody who has all the time in the world."""
     with psycopg.connect(server.admin, autocommit=True) as patient:
-        results = producing.app.insert_many([(note, {})] * count, connection=patient)
-    return results
+        return producing.app.insert_many([(note, {})] * count, connection=patient)
 
 
 @contextmanager
