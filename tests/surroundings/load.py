@@ -42,10 +42,10 @@ class Call(NamedTuple):
 class Load:
     """Two threads of one producer process, each with a call after the other.
 
-    dsn      where they produce, and with which settings of the app
-    admin    where the test looks at rows, whatever befalls the other way
-    folder   of tasks.py, which workers run on `dsn`, unless `worker_dsn` says otherwise, with the same settings
-    timeout  their connect_timeout
+    dsn       where they produce, and workers that run the tasks.py in `folder`; both with these settings of the app
+    admin     where the test looks at rows, whatever befalls the other way
+    timeout   their connect_timeout
+    more      what tasks.py has besides the task `work`
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Load:
     def settle(self, longest: float | None = None) -> None:
         """Stop, wait until all is finished, and see that everything was told the truth.
 
-        longest  seconds that a call may have taken; else what its timeout is, and a look at why
+        longest  seconds that a call may have taken; else its wait for a connection, and a look at why there is none
         """
         self.stop()
         wait_until(lambda: self._count("instances") == 0, 60, "the end of all work")

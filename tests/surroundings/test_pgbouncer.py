@@ -38,7 +38,8 @@ def test_sixteen_processes_share_four_sessions_through_a_pause_a_reload_and_a_cr
     settings = {"pooler": True, **({"listen_dsn": server.dsn} if listens else {})}
     producing = load(bouncer.dsn, server.admin, **settings)
     worker = durable_worker("worker", "-c", str(CHILDREN), **producing.environment)
-    before = worker.started(count=CHILDREN + 1)
+    wait_until(lambda: len(worker.children()) == CHILDREN + 1, 60, "sixteen worker processes and their agent")
+    before = worker.children()
     producing.start()
     producing.finished()
     wait_until(lambda: serving(bouncer) == POOL, what="a pool in full use")

@@ -28,7 +28,7 @@ class Note(Machine):
         return Done()
     {handle}
 """
-NAP = "if os.path.exists('nap'): time.sleep(0.6)"
+NAP = "if os.path.exists('nap'): time.sleep(1.2)"
 HANDLE = """
     def handle(self, error, ctx):
         return Retry(delay=0.1)
@@ -44,8 +44,10 @@ def locked(server: OwnServer) -> Iterator[None]:
         holder.rollback()
 
 
-def a_note(producing: Load) -> type[Machine]:
-    """The machine as the producer knows it."""
+def a_note(producing: Load, server: OwnServer) -> type[Machine]:
+    """The machine as the producer knows it, and the table that it writes."""
+    server.run("CREATE TABLE around.notes (id bigint)")
+    server.run(f"GRANT ALL ON around.notes TO {ROLE}")
 
     @producing.app.machine(name="note")
     class Note(Machine):
@@ -61,10 +63,15 @@ def inserted(note: type[Machine], count: int, producing: Load, server: OwnServer
         return producing.app.insert_many([(note, {})] * count, connection=patient)
 
 
+def written(server: OwnServer) -> list[int]:
+    """The ids that steps have written, each as often as it was."""
+    return [row[0] for row in server.run("SELECT id FROM around.notes ORDER BY 1")]
+
+
 @contextmanager
 def lowered(server: OwnServer, setting: str) -> Iterator[None]:
     """Have every session of the role that begins within the block, all of them, so impatient."""
-    server.run(f"ALTER ROLE {ROLE} SET {setting} = '200ms'")
+    server.run(f"ALTER ROLE {ROLE} SET {setting} = '500ms'")
     assert server.recycle() >= 3
     yield
     server.run(f"ALTER ROLE {ROLE} RESET {setting}")
@@ -80,9 +87,7 @@ def test_statements_that_are_cut_short_are_made_again_and_no_step_fails_for_it(
 ) -> None:
     server = own_server()
     producing = load(server.dsn, server.admin, more=NOTE.format(nap="time.sleep(0.03)", handle=""))
-    server.run("CREATE TABLE around.notes (id bigint)")
-    server.run(f"GRANT ALL ON around.notes TO {ROLE}")
-    note = a_note(producing)
+    note = a_note(producing, server)
     worker = durable_worker("worker", "-c", "2", **producing.environment)
     before = worker.started(count=3)
     producing.start()
@@ -103,9 +108,8 @@ def test_statements_that_are_cut_short_are_made_again_and_no_step_fails_for_it(
     assert worker.children() == before
     producing.settle()
     assert producing.said(f"raise the role's {setting}") >= 3
-    written = [row[0] for row in server.run("SELECT id FROM around.notes ORDER BY 1")]
-    assert written == sorted(result.id for result in notes)
-    assert f"{setting} is 200 ms" in newcomer.output()
+    assert written(server) == sorted(result.id for result in notes)
+    assert f"{setting} is 500 ms" in newcomer.output()
     assert (worker.stop(), newcomer.stop()) == (0, 0)
 
 
@@ -117,9 +121,7 @@ def test_transactions_that_are_ended_for_idling_lose_nothing_and_are_done_once_t
 ) -> None:
     server, nap, setting = own_server(), tmp_path / "nap", "idle_in_transaction_session_timeout"
     producing = load(server.dsn, server.admin, more=NOTE.format(nap=NAP, handle=HANDLE))
-    server.run("CREATE TABLE around.notes (id bigint)")
-    server.run(f"GRANT ALL ON around.notes TO {ROLE}")
-    note = a_note(producing)
+    note = a_note(producing, server)
     worker = durable_worker("worker", "-c", "2", **producing.environment)
     before = worker.started(count=3)
     producing.start()
@@ -137,7 +139,6 @@ def test_transactions_that_are_ended_for_idling_lose_nothing_and_are_done_once_t
     producing.progress()
     assert worker.children() == before
     producing.settle()
-    written = [row[0] for row in server.run("SELECT id FROM around.notes ORDER BY 1")]
-    assert written == sorted(result.id for result in notes)
-    assert f"{setting} is 200 ms" in newcomer.output()
+    assert written(server) == sorted(result.id for result in notes)
+    assert f"{setting} is 500 ms" in newcomer.output()
     assert (worker.stop(), newcomer.stop()) == (0, 0)
