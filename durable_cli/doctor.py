@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import click
-import psycopg
 
 from durable import Durable
-from durable import dsn as dsn_module
 from durable.errors import SchemaError
 from durable.storage import doctor as looks
 from durable.storage import inspection, limits, migrations
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
-from durable.storage.session import Connection, describe, run
-from durable_cli import repairing
+from durable.storage.session import Connection, run, translated
+from durable_cli import repairing, surroundings
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import note, print_json, print_table, say, seconds
-from durable_cli.repairing import ERROR, SLACK, WARNING, Finding, counted
+from durable_cli.repairing import SLACK, counted
 from durable_cli.session import Session, connected, database_options
+from durable_cli.surroundings import ERROR, WARNING, Finding
 from durable_cli.values import SECONDS
 
 CROWDED, FULL = 0.8, 0.95
@@ -72,11 +71,15 @@ def doctor(
         raise CommandError("--yes is for --fix; without it nothing is changed", USAGE)
     app = session.database()
     repaired: list[dict[str, Any]] = []
+    with translated(app.schema):
+        ways = surroundings.ways(app, f"durable {app.name} doctor")
+    poolers = list(surroundings.poolers(ways, app.conf))
+    app.conf.pooler = ways.mode is not None  # nothing of ours is left in a pooler's sessions
     with connected(app, app.database.dsn(), schema_needed=False) as connection:
         if fix:
             migrations.check(connection, app.schema)
             repaired = repairing.repair(app, connection, yes=yes)
-        found = list(examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)))
+        found = [*examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)), *poolers]
         blind = not run(connection, app.sql, looks.sees_others())
     found.sort(key=lambda finding: finding.severity)
     if blind:
@@ -110,7 +113,7 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     yield from _beat(app, connection, processes)
     yield from _partitions(app, connection)
     yield from _server(app, connection)
-    yield from _pooler(app)
+    yield from surroundings.settings(run(connection, app.sql, looks.settings()), app.conf)
 
 
 def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:
@@ -301,52 +304,3 @@ def _server(app: Durable, connection: Connection) -> Iterator[Finding]:
             f"the server's notification queue is {full:.0%} full: a session that listens has a transaction open",
             "end that session (see pg_stat_activity); when the queue is full, commits that notify fail",
         )
-
-
-def _pooler(app: Durable) -> Iterator[Finding]:
-    conf, title = app.conf, f"durable {app.name} doctor"
-    mode = looks.pooler_mode(app.database.dsn(), title, app.sql, conf.connect_timeout)
-    if mode == "transaction" and not conf.pooler:
-        yield Finding(
-            ERROR,
-            "pooler",
-            "the DSN leads through a pooler in transaction mode, and the setting pooler is off: "
-            "settings of a session and LISTEN do not hold",
-            "set pooler=True, and listen_dsn to a DSN past the pooler",
-        )
-    elif mode == "session" and not conf.pooler:
-        yield Finding(
-            WARNING,
-            "pooler",
-            "the DSN leads through a pooler in session mode: each of our connections keeps one of its own",
-            "let workers connect to the server itself, or use transaction mode with pooler=True",
-        )
-    elif mode is None and conf.pooler:
-        yield Finding(
-            WARNING,
-            "pooler",
-            "the setting pooler is on, but the DSN leads to the server itself: statements are not prepared",
-            "set pooler=False",
-        )
-    if mode == "transaction" and conf.pooler and conf.notify and conf.listen_dsn is None:
-        yield Finding(
-            WARNING,
-            "listen_dsn",
-            f"behind a transaction pooler nothing can LISTEN: work starts up to {conf.poll_interval:g} s late",
-            "set listen_dsn to a DSN past the pooler, or notify=False if polling is meant",
-        )
-    if conf.listen_dsn is not None:
-        yield from _listen_dsn(app, title)
-
-
-def _listen_dsn(app: Durable, title: str) -> Iterator[Finding]:
-    listen = dsn_module.check(str(app.conf.listen_dsn), "listen_dsn")
-    try:
-        mode = looks.pooler_mode(listen, title, app.sql, app.conf.connect_timeout)
-    except psycopg.OperationalError as error:
-        cause = f"listen_dsn can't be reached: {describe(error)}"
-    else:
-        if mode != "transaction":
-            return
-        cause = "listen_dsn leads through a pooler in transaction mode, where LISTEN does not hold"
-    yield Finding(ERROR, "listen_dsn", cause, "set listen_dsn to a DSN past the pooler")

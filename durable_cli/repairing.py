@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -13,20 +13,11 @@ from durable.storage import doctor as looks
 from durable.storage.doctor import Damage
 from durable.storage.session import Connection, run, run_atomically
 from durable_cli.exits import USAGE, CommandError
+from durable_cli.surroundings import ERROR, WARNING, Finding
 
-ERROR, WARNING = "error", "warning"
 SLACK = 60.0
 """Seconds beyond the settings' that reapers and collectors get before they are missed."""
 FIX = "durable doctor --fix"
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong. `severity`: an error is felt now, a warning will be."""
-
-    severity: str
-    finding: str
-    cause: str
-    remedy: str
 
 
 def damage(app: Durable, connection: Connection) -> Damage:

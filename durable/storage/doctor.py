@@ -207,18 +207,27 @@ def notification_queue() -> Operation[float]:
     return float(rows[0][0])
 
 
+def settings() -> Operation[dict[str, str]]:
+    """Return what the server and our role are set to, as far as it matters to us; times are in milliseconds."""
+    rows = yield "settings_for_us", {}
+    return dict(rows)
+
+
 def pooler_mode(dsn: str, title: str, sql: Statements, timeout: float) -> str | None:
     """Return "transaction" or "session" for a DSN that leads through a pooler, None for one that does not.
 
-    A pooler makes up the pid that it tells its client. Two clients that are served by one server session, both being
-    connected, have it for a transaction only. Raises psycopg.OperationalError.
+    A pooler makes up the pid that it tells its client. A client that is served by several server sessions, or two that
+    are served by one, both being connected, have it for a transaction only. Raises psycopg.OperationalError.
     """
     with closing(connect(dsn, title, pooler=True, timeout=timeout)) as one:
-        if run(one, sql, backend_pid()) == one.info.backend_pid:
+        pid = run(one, sql, backend_pid())
+        if pid == one.info.backend_pid:
             return None
         with closing(connect(dsn, title, pooler=True, timeout=timeout)) as two:
-            shared = any(run(one, sql, backend_pid()) == run(two, sql, backend_pid()) for _ in range(LOOKS))
-    return "transaction" if shared else "session"
+            for _ in range(LOOKS):
+                if run(two, sql, backend_pid()) == pid or run(one, sql, backend_pid()) != pid:
+                    return "transaction"
+    return "session"
 
 
 def sees_others() -> Operation[bool]:

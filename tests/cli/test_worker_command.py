@@ -146,7 +146,7 @@ def test_without_its_database_nothing_starts(process: Callable[..., Ran], tmp_pa
 def test_more_processes_than_the_server_has_connections_is_warned_of() -> None:
     assert connections_warning(98, 100) is None
     warning = connections_warning(99, 100)
-    assert warning == "Warning: 99 processes need 101 connections, but the server's max_connections is 100"
+    assert warning == "99 processes need 101 connections, but the server's max_connections is 100"
 
 
 @pytest.mark.parametrize(
