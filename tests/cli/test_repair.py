@@ -15,10 +15,10 @@ from durable import Context, Done, Durable, Machine, ScheduleChildren, step
 from durable.storage import doctor as looks
 from durable.storage import instances
 from tests.cli.conftest import Ran
-from tests.fix_rows import Rows, done, new
+from tests.fix_rows import Rows, done, new, schema, shared_schema
 from tests.machines.driver import Drivers, drivers
 
-__all__ = ["drivers"]
+__all__ = ["drivers", "schema", "shared_schema"]
 
 SLACK, RETENTION = 180.0, 86400.0
 Break = Callable[[Rows], int]

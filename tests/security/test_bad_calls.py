@@ -14,10 +14,10 @@ import pytest
 from durable import Await, Context, Done, Durable, Machine, ScheduleChildren, step
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError
 from durable.task import Task
-from tests.fix_rows import Rows
+from tests.fix_rows import Rows, schema, shared_schema
 from tests.machines.driver import Driver, driver, drivers
 
-__all__ = ["driver", "drivers"]
+__all__ = ["driver", "drivers", "schema", "shared_schema"]
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 
 from durable import Context, Durable, Machine, Stop, step
 from durable.errors import TaskFailed
+from tests.fix_rows import schema, shared_schema
 from tests.machines.driver import Driver, driver, drivers
 
-__all__ = ["driver", "drivers"]
+__all__ = ["driver", "drivers", "schema", "shared_schema"]
 
 MOST = 16_384 + 100
 
