@@ -7,6 +7,7 @@ workers does not reach those.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ Check = Callable[[str, Any], Any]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+_OTHER_VARIABLES = {f"DURABLE_{name}" for name in ("APP", "DSN", "HOME", "PG_BIN", "SERVER_LINGER")}
 
 
 def _seconds(name: str, value: Any) -> float:
@@ -231,9 +233,21 @@ class Config:
             )
 
     @classmethod
+    def _refuse_misspelt(cls, environ: Mapping[str, str]) -> None:
+        """A variable that looks like one of ours would be ignored in silence; any other may be somebody's own."""
+        known = {f"DURABLE_{name.upper()}" for name in cls.names()} | _OTHER_VARIABLES
+        for variable in environ:
+            if variable.startswith("DURABLE_") and variable not in known:
+                close = [name for name in known if sorted(name) == sorted(variable)]
+                close += difflib.get_close_matches(variable, known, 1, 0.93)
+                if close:
+                    raise ConfigError(f"there is no setting {variable}; did you mean {close[0]}?")
+
+    @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, **values: Any) -> Config:
         """Return settings from `DURABLE_*` variables, overridden by `values`. Raises ConfigError."""
         config = cls()
+        cls._refuse_misspelt(environ)
         from_environment: dict[str, Any] = {}
         for name in cls.names():
             variable = f"DURABLE_{name.upper()}"

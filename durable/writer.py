@@ -63,8 +63,13 @@ class Writer:
                 inside = own.info.transaction_status != _IDLE  # a borrowed one: an error must not end its transaction
                 with own.transaction() if write.atomic or inside else nullcontext():
                     value = run(own, self._sql, write.operation)
-                for wakeup in write.wakeups(value):
-                    run(own, self._sql, wakeup)
+                try:
+                    for wakeup in write.wakeups(value):
+                        run(own, self._sql, wakeup)
+                except psycopg.Error:
+                    if inside:
+                        raise
+                    log.warning(_NOT_NOTIFIED, exc_info=True)  # it is committed: an error would have it done twice
             return value
         with translated(self._sql.schema):
             caller = accept(connection)
@@ -90,8 +95,11 @@ class Writer:
             async with self._pool.aconnection() as own:
                 async with own.transaction() if write.atomic else nullcontext():
                     value = await arun(own, self._sql, write.operation)
-                for wakeup in write.wakeups(value):
-                    await arun(own, self._sql, wakeup)
+                try:
+                    for wakeup in write.wakeups(value):
+                        await arun(own, self._sql, wakeup)
+                except psycopg.Error:
+                    log.warning(_NOT_NOTIFIED, exc_info=True)
             return value
         with translated(self._sql.schema):
             caller = await aaccept(connection)

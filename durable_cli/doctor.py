@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
-import psycopg
 
 from durable import Durable
-from durable import dsn as dsn_module
 from durable.errors import SchemaError
 from durable.storage import doctor as looks
 from durable.storage import inspection, limits, migrations
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
-from durable.storage.session import Connection, describe, run
-from durable_cli.exits import FAILED
+from durable.storage.session import Connection, run, translated
+from durable_cli import repairing, surroundings
+from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import note, print_json, print_table, say, seconds
+from durable_cli.repairing import SLACK, counted
 from durable_cli.session import Session, connected, database_options
+from durable_cli.surroundings import ERROR, WARNING, Finding
 from durable_cli.values import SECONDS
 
-ERROR, WARNING = "error", "warning"
 CROWDED, FULL = 0.8, 0.95
 """Parts of the server's connections that are in use."""
 NOTIFICATIONS = 0.5
-SLACK = 60.0
-"""Seconds beyond the settings' that reapers and collectors get before they are missed."""
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong. `severity`: an error is felt now, a warning will be."""
-
-    severity: str
-    finding: str
-    cause: str
-    remedy: str
 
 
 class Limits(NamedTuple):
@@ -65,24 +54,44 @@ class Limits(NamedTuple):
     "--max-wait", type=SECONDS, metavar="SECONDS", default="30", show_default=True,
     help="How long work may wait in a queue that no worker serves.",
 )  # fmt: skip
+@click.option("--fix", is_flag=True, help="First mend rows that contradict each other, and say which.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --fix.")
 @database_options
 @click.pass_context
-def doctor(ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float) -> None:
+def doctor(
+    ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float, fix: bool, yes: bool
+) -> None:
     """Say what is wrong and who causes it; exit with 1 if anything is, else with 0.
 
-    Looks only, and changes nothing. With a role that may not see other roles' sessions it sees less (grant pg_monitor).
+    Looks only, and changes nothing without --fix, which mends rows whose parent is gone, barriers that count wrongly,
+    signals that nobody would see. With a role that may not see other roles' sessions it sees less (grant pg_monitor).
     """
     session: Session = ctx.obj
+    if yes and not fix:
+        raise CommandError("--yes is for --fix; without it nothing is changed", USAGE)
     app = session.database()
+    repaired: list[dict[str, Any]] = []
+    with translated(app.schema):
+        ways = surroundings.ways(app, f"durable {app.name} doctor")
+    poolers = list(surroundings.poolers(ways, app.conf))
+    app.conf.pooler = ways.mode is not None  # nothing of ours is left in a pooler's sessions
     with connected(app, app.database.dsn(), schema_needed=False) as connection:
-        found = list(examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)))
+        if fix:
+            migrations.check(connection, app.schema)
+            repaired = repairing.repair(app, connection, yes=yes)
+        found = [*examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)), *poolers]
         blind = not run(connection, app.sql, looks.sees_others())
     found.sort(key=lambda finding: finding.severity)
     if blind:
         note("Note: this role sees only its own sessions; `GRANT pg_monitor` shows who holds back vacuum")
     if session.as_json:
-        print_json({"healthy": not found, "findings": [finding._asdict() for finding in found]})
-    elif found:
+        document = {"healthy": not found, "findings": [finding._asdict() for finding in found]}
+        print_json({**document, "repaired": repaired} if fix else document)
+        ctx.exit(FAILED if found else 0)
+    for report in repaired:
+        ids = f": {', '.join(map(str, report['ids']))}" if report["ids"] else ""
+        say(f"repaired: {report['repair']} ({report['count']:,}){ids}")
+    if found:
         print_table(Finding._fields, found)
     else:
         say("healthy: nothing is wrong")
@@ -98,12 +107,13 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     processes = run(connection, app.sql, inspection.processes())
     yield from _vacuum(app, connection, most)
     yield from _leases(app, connection)
+    yield from repairing.findings(repairing.damage(app, connection))
     yield from _waiting(app, connection, queues, most)
     yield from _limits(app, connection)
     yield from _beat(app, connection, processes)
     yield from _partitions(app, connection)
     yield from _server(app, connection)
-    yield from _pooler(app)
+    yield from surroundings.settings(run(connection, app.sql, looks.settings()), app.conf)
 
 
 def _schema(app: Durable, connection: Connection) -> Iterator[Finding]:
@@ -192,7 +202,7 @@ def _leases(app: Durable, connection: Connection) -> Iterator[Finding]:
         yield Finding(
             ERROR,
             "stuck lease",
-            f"{who}, still holds {_rows(row.number, row.example)}",
+            f"{who}, still holds {counted(row.number, row.example)}",
             "start a beat or a worker with reaper=True: it hands them back",
         )
 
@@ -220,7 +230,7 @@ def _waiting(app: Durable, connection: Connection, queues: list[QueueState], mos
             ERROR,
             "unknown task",
             f"no live worker of queue {row.queue} knows {row.machine!r} version {row.version}; "
-            f"{_rows(row.number, row.example)} wait for it",
+            f"{counted(row.number, row.example)} wait for it",
             "deploy a worker with that task and version, or cancel them (durable check names them before a deploy)",
         )
 
@@ -230,7 +240,7 @@ def _limits(app: Durable, connection: Connection) -> Iterator[Finding]:
         yield Finding(
             ERROR,
             "unknown limit",
-            f"rate limit {row.name!r} is not in the database; {_rows(row.number, row.example)} wait for it",
+            f"rate limit {row.name!r} is not in the database; {counted(row.number, row.example)} wait for it",
             f"declare it in the app and run `durable migrate`, or durable limits set {row.name} RATE",
         )
     there = {(row.kind, row.name) for row in run(connection, app.sql, limits.read())}
@@ -294,56 +304,3 @@ def _server(app: Durable, connection: Connection) -> Iterator[Finding]:
             f"the server's notification queue is {full:.0%} full: a session that listens has a transaction open",
             "end that session (see pg_stat_activity); when the queue is full, commits that notify fail",
         )
-
-
-def _pooler(app: Durable) -> Iterator[Finding]:
-    conf, title = app.conf, f"durable {app.name} doctor"
-    mode = looks.pooler_mode(app.database.dsn(), title, app.sql, conf.connect_timeout)
-    if mode == "transaction" and not conf.pooler:
-        yield Finding(
-            ERROR,
-            "pooler",
-            "the DSN leads through a pooler in transaction mode, and the setting pooler is off: "
-            "settings of a session and LISTEN do not hold",
-            "set pooler=True, and listen_dsn to a DSN past the pooler",
-        )
-    elif mode == "session" and not conf.pooler:
-        yield Finding(
-            WARNING,
-            "pooler",
-            "the DSN leads through a pooler in session mode: each of our connections keeps one of its own",
-            "let workers connect to the server itself, or use transaction mode with pooler=True",
-        )
-    elif mode is None and conf.pooler:
-        yield Finding(
-            WARNING,
-            "pooler",
-            "the setting pooler is on, but the DSN leads to the server itself: statements are not prepared",
-            "set pooler=False",
-        )
-    if mode == "transaction" and conf.pooler and conf.notify and conf.listen_dsn is None:
-        yield Finding(
-            WARNING,
-            "listen_dsn",
-            f"behind a transaction pooler nothing can LISTEN: work starts up to {conf.poll_interval:g} s late",
-            "set listen_dsn to a DSN past the pooler, or notify=False if polling is meant",
-        )
-    if conf.listen_dsn is not None:
-        yield from _listen_dsn(app, title)
-
-
-def _listen_dsn(app: Durable, title: str) -> Iterator[Finding]:
-    listen = dsn_module.check(str(app.conf.listen_dsn), "listen_dsn")
-    try:
-        mode = looks.pooler_mode(listen, title, app.sql, app.conf.connect_timeout)
-    except psycopg.OperationalError as error:
-        cause = f"listen_dsn can't be reached: {describe(error)}"
-    else:
-        if mode != "transaction":
-            return
-        cause = "listen_dsn leads through a pooler in transaction mode, where LISTEN does not hold"
-    yield Finding(ERROR, "listen_dsn", cause, "set listen_dsn to a DSN past the pooler")
-
-
-def _rows(count: int, example: int) -> str:
-    return f"{count:,} instance{'' if count == 1 else 's'} (id {example})"

@@ -12,33 +12,43 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from durable import telemetry
 from durable_cli.exits import CONFIG, FAILED, CommandError
 
+F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
-port_option = click.option(
+_port_option = click.option(
     "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT",
     help="Serve Prometheus metrics of all processes at this port (extra `prometheus`).",
 )  # fmt: skip
+_host_option = click.option(
+    "--metrics-host", metavar="ADDRESS", default="127.0.0.1", show_default=True,
+    help="The address to serve them at; 0.0.0.0 for every one of this host, for a scrape from elsewhere.",
+)  # fmt: skip
+
+
+def options(command: F) -> F:
+    """Where to serve metrics."""
+    return _port_option(_host_option(command))
 
 
 @contextmanager
-def shared(port: int | None) -> Iterator[None]:
+def shared(port: int | None, host: str) -> Iterator[None]:
     """Prepare for the import of an app whose processes are measured; None: they are not. Raises CommandError."""
     if port is None:
         yield
         return
     if importlib.util.find_spec("prometheus_client") is None:
         raise CommandError("--metrics-port needs prometheus-client: pip install 'durable-pg[prometheus]'", CONFIG)
-    _check(port)
+    _check(port, host)
     # A command that replaces itself (SIGHUP) keeps its pid, its environment and this folder.
     prefix = f"durable-metrics-{os.getpid()}-"
     if not os.environ.get(VARIABLE):
@@ -54,20 +64,23 @@ def shared(port: int | None) -> Iterator[None]:
             del os.environ[VARIABLE]
 
 
-def _check(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))  # noqa: S104 - as it will be served
-        except OSError as error:
-            raise CommandError(f"--metrics-port {port}: {error.strerror}", FAILED) from error
+def _check(port: int, host: str) -> None:
+    try:
+        # As it will be served.
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"metrics can't be served at {host}:{port}: {why}", FAILED) from error
 
 
-def serve(port: int | None, role: str) -> None:
+def serve(port: int | None, host: str, role: str) -> None:
     """Count from now on, and serve from the process of that role when it begins. None: do nothing."""
     if port is None:
         return
     # Imported when asked for: it is an extra.
     prometheus: Any = importlib.import_module("durable.adapters.prometheus")
     prometheus.instrument()
-    telemetry.on_process_start(lambda present: prometheus.serve(port) if present == role else None)
+    telemetry.on_process_start(lambda present: prometheus.serve(port, host) if present == role else None)

@@ -25,6 +25,7 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*[0-~]?"
 )
 _BREAKS = re.compile(r"[\t\n\r\v\f\x85\u2028\u2029]+")
+_PARAGRAPHS = re.compile(r"\r\n|[\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):(?!password@)[^\s]*@", re.IGNORECASE)
@@ -36,9 +37,8 @@ NOT_A_TERMINAL = 10_000
 def clean(value: object, *, lines: bool = False) -> str:
     """Return text that is safe on a terminal: no escape sequences, no control characters; `lines` keeps line ends."""
     text = _ESCAPES.sub("", str(value))
-    if not lines:
-        text = _BREAKS.sub(" ", text)
-    return _CONTROLS.sub("", text.replace("\r\n", "\n"))
+    text = _PARAGRAPHS.sub("\n", text) if lines else _BREAKS.sub(" ", text)
+    return _CONTROLS.sub("", text)
 
 
 def scrub(text: str) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -101,7 +101,7 @@ name_option = click.option("-n", "--name", type=NAME, help="What others call it;
     "--max-memory-per-child", type=BYTES, metavar="SIZE",
     help="Resident size beyond which a process is replaced after its step: 200MB, or a number of KiB.",
 )  # fmt: skip
-@metrics.port_option
+@metrics.options
 @app_options
 @click.pass_context
 def worker(
@@ -119,6 +119,7 @@ def worker(
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
     metrics_port: int | None,
+    metrics_host: str,
 ) -> None:
     """Run tasks in worker processes.
 
@@ -138,7 +139,7 @@ def worker(
             raise click.BadParameter(f"that makes more than {MOST_PROCESSES} threads", param_hint="'-c'")
     if processes > MOST_PROCESSES:
         raise click.BadParameter(f"that makes {processes} processes, more than {MOST_PROCESSES}", param_hint="'-c'")
-    ctx.with_resource(metrics.shared(metrics_port))
+    ctx.with_resource(metrics.shared(metrics_port, metrics_host))
     app = session.app()
     given = {
         "prefetch": prefetch,
@@ -147,13 +148,14 @@ def worker(
         "max_memory_per_child": max_memory_per_child,
     }
     app.conf.update(**{setting: value for setting, value in given.items() if value is not None})
-    metrics.serve(metrics_port, "agent")
+    metrics.serve(metrics_port, metrics_host, "agent")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel, log_format)
     name_process("durable-worker")
     found = preflight.look(app)
     facts = {"name": name, **_facts(app, found), "queues": counts, "pool": pool, "beat": beat}
-    _announce(session, "worker", facts, log_format, connections_warning(processes, found.server.max_connections))
+    crowded = connections_warning(processes, found.server.max_connections)
+    _announce(session, "worker", facts, log_format, [*found.warnings, *([crowded] if crowded else [])])
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen when they print it
     room = {
@@ -167,20 +169,22 @@ def worker(
 @loglevel_option
 @logformat_option
 @name_option
-@metrics.port_option
+@metrics.options
 @app_options
 @click.pass_context
-def beat(ctx: click.Context, loglevel: str, log_format: str, name: str | None, metrics_port: int | None) -> None:
+def beat(
+    ctx: click.Context, loglevel: str, log_format: str, name: str | None, metrics_port: int | None, metrics_host: str
+) -> None:
     """Run what goes by the clock: due instances, leases that ran out, garbage. Any number may run."""
     session: Session = ctx.obj
-    ctx.with_resource(metrics.shared(metrics_port))
+    ctx.with_resource(metrics.shared(metrics_port, metrics_host))
     app = session.app()
-    metrics.serve(metrics_port, "beat")
+    metrics.serve(metrics_port, metrics_host, "beat")
     name = name or f"{app.name}@{socket.gethostname()}"
     logs.configure(loglevel, log_format)
     name_process("durable-beat")
     found = preflight.look(app)
-    _announce(session, "beat", {"name": name, **_facts(app, found)}, log_format, None)
+    _announce(session, "beat", {"name": name, **_facts(app, found)}, log_format, found.warnings)
     running = Beat(app, name)
     running.heed_signals()
     with telemetry.process("beat"):
@@ -195,7 +199,7 @@ def _facts(app: Durable, found: preflight.Found) -> dict[str, Any]:
         "database": place(app, found.server.database),
         "server_version": found.server.version,
         "schema": app.schema,
-        "remark": found.remark,
+        "warnings": found.warnings,
         "tasks": sorted({name for name, _ in (*app.tasks, *app.machines)}),
     }
 
@@ -205,7 +209,7 @@ def connections_warning(processes: int, allowed: int) -> str | None:
     needed = processes + SPARE_CONNECTIONS
     if needed <= allowed:
         return None
-    return f"Warning: {processes} processes need {needed} connections, but the server's max_connections is {allowed}"
+    return f"{processes} processes need {needed} connections, but the server's max_connections is {allowed}"
 
 
 def place(app: Durable, database: str) -> str:
@@ -218,7 +222,7 @@ def place(app: Durable, database: str) -> str:
     return f"{host}{f':{port}' if port and not host.startswith('/') else ''}/{database}".replace("//", "/")
 
 
-def _announce(session: Session, what: str, facts: Mapping[str, Any], log_format: str, warning: str | None) -> None:
+def _announce(session: Session, what: str, facts: Mapping[str, Any], log_format: str, warnings: Sequence[str]) -> None:
     """Say what starts: for people on stderr, where the log follows; with --json on stdout.
 
     A log of JSON lines holds nothing else, so that there it is a part of the log.
@@ -242,7 +246,8 @@ def _announce(session: Session, what: str, facts: Mapping[str, Any], log_format:
             queues = ", ".join(f"{queue} x {count}{many}" for queue, count in facts["queues"].items())
             tell(f"  queues    {queues}{', and a beat' if facts['beat'] else ''}")
             tell(f"  tasks     {', '.join(tasks) or 'none: every instance will be handed back'}")
-    if facts["remark"]:
-        tell(f"Warning: {facts['remark']}")
-    if warning:
-        tell(warning)
+    for warning in warnings:
+        if log_format == "text":
+            note(f"Warning: {warning}")
+        else:
+            log.warning("%s", warning)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -48,13 +48,18 @@ def tasks_module(tmp_path: Path, database: str, schema: str) -> Callable[[str], 
 
 
 class Command:
-    """A running `durable` command."""
+    """A running `durable` command.
 
-    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    inside  what executes it in another surrounding, as the same process: `ip netns exec NAME`
+    """
+
+    def __init__(
+        self, folder: Path, arguments: list[str], environment: dict[str, str], inside: Sequence[str] = ()
+    ) -> None:
         self.log = folder / f"{arguments[0]}-{os.urandom(3).hex()}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "durable_cli", *arguments],
+                [*inside, sys.executable, "-m", "durable_cli", *arguments],
                 cwd=folder,
                 env={**os.environ, **FAST_SETTINGS, **environment},
                 stdin=subprocess.DEVNULL,
@@ -100,8 +105,10 @@ def durable_worker(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start `durable` commands (`durable_worker("worker", "-c", "2")`) in the test's folder; stopped at its end."""
     commands: list[Command] = []
 
-    def start(*arguments: str, folder: Path = tmp_path, wait: bool = True, **environment: str) -> Command:
-        command = Command(folder, list(arguments), environment)
+    def start(
+        *arguments: str, folder: Path = tmp_path, wait: bool = True, inside: Sequence[str] = (), **environment: str
+    ) -> Command:
+        command = Command(folder, list(arguments), environment, inside)
         commands.append(command)
         if wait and arguments[0] == "worker":
             wait_until(

@@ -15,9 +15,9 @@ _QUERIES = (b"Q", b"E")  # the protocol's Query and Execute
 
 
 class CountingProxy:
-    """Accepts connections for `dsn` and passes everything on to the server that it names."""
+    """Accepts connections for `dsn`, at an address of ours, and passes everything on to the server that it names."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, address: str = "127.0.0.1") -> None:
         self._to = psycopg.conninfo.conninfo_to_dict(dsn)
         proxy = self
 
@@ -29,7 +29,7 @@ class CountingProxy:
             daemon_threads = True
             block_on_close = False
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server((address, 0), Handler)
         self._counted = 0
         self._lock = threading.Lock()
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()

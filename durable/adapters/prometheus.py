@@ -103,8 +103,10 @@ def registry() -> CollectorRegistry:
     return everybody
 
 
-def serve(port: int, address: str = "0.0.0.0") -> Callable[[], None]:  # noqa: S104 - to be scraped from elsewhere
+def serve(port: int, address: str = "127.0.0.1") -> Callable[[], None]:
     """Serve the metrics of all processes at http://address:port/metrics from a thread; return what ends it.
+
+    Answers GET alone, whoever asks: keep the address one that only your scraper reaches.
 
     Raises ConfigError as `registry`, OSError when the port is taken.
     """

@@ -42,7 +42,7 @@ from durable.runtime.ringing import Ringer
 from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
 from durable.runtime.termination import terminate
 from durable.storage import claims, lanes, maintenance, partitions, workers
-from durable.storage.session import describe
+from durable.storage.session import advise
 from durable.wakeups import ANY_QUEUE, INSPECT, INTERVAL, ORDERS, TERMINATE, parse, queue_channel
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Agent:
             for bell in self._bells:
                 bell.ring()
         else:
-            log.warning("the agent's statement failed, trying on: %s", describe(error))
+            log.warning("the agent's statement failed, trying on: %s", advise(error, self._app.schema))
             if self._pause(0.2):
                 raise Stopped
 

@@ -24,7 +24,7 @@ from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
 from durable.runtime.shared import Bell
 from durable.storage import lanes, maintenance, partitions, workers
-from durable.storage.session import describe
+from durable.storage.session import advise, describe
 from durable.wakeups import INTERVAL, due_channel
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Beat:
 
     def _after_error(self, error: psycopg.Error) -> None:
         if not self._link.broken(error):
-            log.warning("the beat's statement failed, trying on: %s", describe(error))
+            log.warning("the beat's statement failed, trying on: %s", advise(error, self._app.schema))
             if self._pause(0.5):
                 raise Stopped
 

@@ -42,7 +42,7 @@ from durable.runtime.step_transaction import IDLE_SECONDS
 from durable.runtime.waiting import Waiting
 from durable.storage import claims, workers
 from durable.storage.claims import Commit, Flushed
-from durable.storage.session import Operation, describe
+from durable.storage.session import Operation, advise
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class Engine:
     def _after_error(self, error: psycopg.Error) -> None:
         """A statement outside of a flush failed: whatever it was about is looked up again, on a new connection."""
         if not self._link.broken(error):
-            log.warning("%s: a statement failed, trying on: %s", self._name, describe(error))
+            log.warning("%s: a statement failed, trying on: %s", self._name, advise(error, self._app.schema))
             self._waiting.pause(0.5)
         self._picker.rescan()
         self._more = True
@@ -395,6 +395,6 @@ class Engine:
                 return action()
             except psycopg.Error as error:
                 self._link.broken(error)
-                log.warning("%s: %s; trying on", self._name, describe(error))
+                log.warning("%s: %s; trying on", self._name, advise(error, self._app.schema))
                 if self._waiting.pause(0.1):
                     raise Stopped from error

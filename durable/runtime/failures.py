@@ -71,7 +71,7 @@ def message_of(error: BaseException) -> str:
 
 
 def error_text(kind: str, message: str, trace: str) -> str:
-    return json.dumps({"type": kind, "message": _clean(message), "traceback": _clean(trace)})
+    return json.dumps({"type": _clean(kind), "message": _clean(message), "traceback": _clean(trace)})
 
 
 def _clean(text: str) -> str:

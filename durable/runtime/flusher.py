@@ -23,7 +23,7 @@ from durable.runtime.failures import error_json
 from durable.runtime.link import Link, Stopped
 from durable.storage import claims, partitions
 from durable.storage.claims import Commit, Flushed
-from durable.storage.session import describe
+from durable.storage.session import advise, describe
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,11 @@ class Flusher:
             except psycopg.Error as error:
                 submitted_before |= self._link.broken(error)
                 if not told:
-                    log.warning("a commit of %d outcomes failed, trying on: %s", len(batch), describe(error))
+                    log.warning(
+                        "a commit of %d outcomes failed, trying on: %s",
+                        len(batch),
+                        advise(error, self._link.sql.schema),
+                    )
                     told = True
             if self._pause(backoff.next()):
                 raise Stopped

@@ -7,8 +7,8 @@ both. Death before that COMMIT leaves nothing of either; the step runs again. Th
 
 * The claim is gone: everything is rolled back, the outcome is stale.
 * A cancel was asked for: the writes are rolled back, the outcome goes the usual way and becomes `cancelled`.
-* Deadlock, serialization failure, connection lost, no connection to be had, no room on the server's disk: all is
-  rolled back and the step runs again (`StepAgain`), which costs no attempt.
+* Deadlock, serialization failure, connection lost, no connection to be had, no room on the server's disk, a timeout of
+  the server in the outcome's statements: all is rolled back and the step runs again (`StepAgain`); it costs no attempt.
 * The answer to COMMIT was lost: the row is asked what became of it, under its lock, so that a COMMIT still under way
   is waited for.
 * Any other error of the outcome's statements or of COMMIT (a deferred constraint of the user's) is the step's error.
@@ -282,6 +282,9 @@ class StepTransaction:
             except psycopg.Error as problem:
                 raise StepAgain(f"today's partition of the history can't be made: {describe(problem)}") from problem
             raise StepAgain("the history had no partition for today") from error
+        except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
+            # Ours was cut short by the server's timeouts: the step itself has come to its end.
+            raise StepAgain(describe(error)) from error
         try:
             lent.end()
         except psycopg.Error as error:

@@ -24,12 +24,13 @@ WHERE i.id = c.id AND i.status = 'awaiting_children'
 RETURNING i.id, i.queue, i.status::text;
 
 -- name: join_children
--- Lower barriers by the number of children that ended in this transaction; at zero the parent goes on.
+-- Lower barriers by the number of children that ended in this transaction; at zero the parent goes on. One that was
+-- lower already (somebody changed it) must not refuse the children's outcomes.
 -- Params: ids bigint[] (parents), counts int[]. Rows: id, queue, status.
 UPDATE {schema}.instances AS i
-SET children_pending = i.children_pending - c.count,
-    status = CASE WHEN i.children_pending = c.count THEN 'runnable' ELSE i.status END::{schema}.status,
-    eligible_at = CASE WHEN i.children_pending = c.count THEN clock_timestamp() ELSE i.eligible_at END
+SET children_pending = greatest(i.children_pending - c.count, 0),
+    status = CASE WHEN i.children_pending <= c.count THEN 'runnable' ELSE i.status END::{schema}.status,
+    eligible_at = CASE WHEN i.children_pending <= c.count THEN clock_timestamp() ELSE i.eligible_at END
 FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
 WHERE i.id = c.id AND i.status = 'awaiting_children'
 RETURNING i.id, i.queue, i.status::text;

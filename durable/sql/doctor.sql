@@ -93,6 +93,13 @@ SELECT pg_has_role('pg_read_all_stats', 'USAGE');
 -- The server process behind this transaction; not the one that was connected to, when there is a pooler. Rows: int.
 SELECT pg_backend_pid();
 
+-- name: settings_for_us
+-- What the server and our role are set to, as far as it matters to us; times are in milliseconds. Rows: name, setting.
+SELECT name, setting FROM pg_catalog.pg_settings
+WHERE name IN ('server_version', 'server_version_num', 'server_encoding', 'standard_conforming_strings',
+               'default_transaction_read_only', 'synchronous_commit', 'statement_timeout', 'lock_timeout',
+               'idle_in_transaction_session_timeout', 'transaction_timeout');
+
 -- name: live_page
 -- A page of live instances by id, with what their step begins from. Each page is a statement of its own: no snapshot is
 -- held while payloads are decoded. Params: queue text|null (any), after bigint, limit bigint. Rows: doctor.LiveRow.

@@ -1,13 +1,20 @@
-"""What `durable doctor` reads: who holds back vacuum, what is stuck, what room is left. SQL in sql/doctor.sql."""
+"""What `durable doctor` reads: who holds back vacuum, what is stuck, what room is left. SQL in sql/doctor.sql.
+
+And what it mends: rows that contradict each other. SQL in sql/repair.sql.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple
 
 from durable.sql import Statements
 from durable.storage import maintenance, partitions
+from durable.storage.arrays import Int8Array
 from durable.storage.session import Connection, Operation, connect, run
 
 LOOKS = 8
@@ -109,6 +116,49 @@ class WaitingSignal(NamedTuple):
     payload: bytes
 
 
+class LostParent(NamedTuple):
+    """A live child whose parent is nowhere."""
+
+    id: int
+    parent_id: int
+
+
+class WrongBarrier(NamedTuple):
+    """A parent, how many children it waits for, and how many of them there are."""
+
+    id: int
+    pending: int
+    unfinished: int
+
+
+class Unheard(NamedTuple):
+    """A live instance, and how many signals it would never be shown or sleeps on."""
+
+    id: int
+    signals: int
+
+
+class Damage(NamedTuple):
+    """Rows that contradict each other; `letters` counts signals of what is not live, of `addressee` for one."""
+
+    parents: Sequence[LostParent] = ()
+    barriers: Sequence[WrongBarrier] = ()
+    unheard: Sequence[Unheard] = ()
+    letters: int = 0
+    addressee: int | None = None
+
+
+@dataclass
+class Repaired:
+    """What a repair did: ids by what was done to them, how many signals were deleted, queue -> rows that now run."""
+
+    detached: list[int] = field(default_factory=list)
+    recounted: list[int] = field(default_factory=list)
+    heard: list[int] = field(default_factory=list)
+    deleted: int = 0
+    ready: Counter[str] = field(default_factory=Counter)
+
+
 def holders() -> Operation[list[Holder]]:
     """Return everything that holds the vacuum horizon of this database, the oldest first."""
     rows = yield "horizon_holders", {}
@@ -157,18 +207,27 @@ def notification_queue() -> Operation[float]:
     return float(rows[0][0])
 
 
+def settings() -> Operation[dict[str, str]]:
+    """Return what the server and our role are set to, as far as it matters to us; times are in milliseconds."""
+    rows = yield "settings_for_us", {}
+    return dict(rows)
+
+
 def pooler_mode(dsn: str, title: str, sql: Statements, timeout: float) -> str | None:
     """Return "transaction" or "session" for a DSN that leads through a pooler, None for one that does not.
 
-    A pooler makes up the pid that it tells its client. Two clients that are served by one server session, both being
-    connected, have it for a transaction only. Raises psycopg.OperationalError.
+    A pooler makes up the pid that it tells its client. A client that is served by several server sessions, or two that
+    are served by one, both being connected, have it for a transaction only. Raises psycopg.OperationalError.
     """
     with closing(connect(dsn, title, pooler=True, timeout=timeout)) as one:
-        if run(one, sql, backend_pid()) == one.info.backend_pid:
+        pid = run(one, sql, backend_pid())
+        if pid == one.info.backend_pid:
             return None
         with closing(connect(dsn, title, pooler=True, timeout=timeout)) as two:
-            shared = any(run(one, sql, backend_pid()) == run(two, sql, backend_pid()) for _ in range(LOOKS))
-    return "transaction" if shared else "session"
+            for _ in range(LOOKS):
+                if run(two, sql, backend_pid()) == pid or run(one, sql, backend_pid()) != pid:
+                    return "transaction"
+    return "session"
 
 
 def sees_others() -> Operation[bool]:
@@ -193,6 +252,48 @@ def inbox_page(after: int, limit: int) -> Operation[list[WaitingSignal]]:
     """Return at most `limit` unconsumed signals with ids above `after`."""
     rows = yield "inbox_page", {"after": after, "limit": limit}
     return [WaitingSignal(*row) for row in rows]
+
+
+def damage(retention: float, slack: float) -> Operation[Damage]:
+    """Return what contradicts itself; signals of the finished count when garbage collection is `slack` seconds late."""
+    parents = yield "lost_parents", {"retention": retention}
+    barriers = yield "wrong_barriers", {}
+    unheard = yield "unheard_signals", {}
+    letters = yield "dead_letters", {"slack": slack}
+    return Damage(
+        [LostParent(*row) for row in parents],
+        [WrongBarrier(*row) for row in barriers],
+        [Unheard(*row) for row in unheard],
+        *letters[0],
+    )
+
+
+def repair(found: Damage) -> Operation[Repaired]:
+    """Mend what was found, as far as it is still so. Needs a transaction.
+
+    A child of a lost parent reports to nobody, a barrier is counted again, an inbox is shown to its owner; signals of
+    the finished are deleted.
+    """
+    done = Repaired()
+    orphans = [row.id for row in found.parents]
+    parents = [row.id for row in found.barriers]
+    deaf = [row.id for row in found.unheard]
+    if orphans or parents or deaf:
+        yield "hold_rows", {"ids": Int8Array(sorted({*orphans, *parents, *deaf}))}
+    if orphans:
+        detached = yield "detach", {"ids": Int8Array(orphans)}
+        done.detached = sorted(row[0] for row in detached)
+    if parents:
+        recounted = yield "mend_barriers", {"ids": Int8Array(parents)}
+        done.recounted = sorted(row[0] for row in recounted)
+        done.ready.update(queue for _, queue, status in recounted if status == "runnable")
+    if deaf:
+        heard = yield "mend_inboxes", {"ids": Int8Array(deaf)}
+        done.heard = sorted(row[0] for row in heard)
+        done.ready.update(queue for _, queue, woken in heard if woken)
+    if found.letters:
+        done.deleted = yield from maintenance.sweep_signals()
+    return done
 
 
 def kept_partitions(connection: Connection, sql: Statements, retention: float, slack: float) -> list[date]:

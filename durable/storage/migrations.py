@@ -106,12 +106,7 @@ def migrate(connection: Connection, schema: str) -> list[Migration]:
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s), 10)", (f"durable.{schema}",))
         have = applied(connection, schema)
-        for migration in known():
-            if migration.id in have and have[migration.id][0] != migration.checksum:
-                raise SchemaError(
-                    f"migration {migration.id} of schema {schema!r} was applied with another text than this code has; "
-                    "the code and the database are of different builds"
-                )
+        _refuse_other_texts(have, schema)
         missing = [migration for migration in known() if migration.id not in have]
         if not have:  # an admin's role need not be allowed to create schemas
             connection.execute(statements.render(_HEAD).encode())
@@ -122,6 +117,15 @@ def migrate(connection: Connection, schema: str) -> list[Migration]:
     return missing
 
 
+def _refuse_other_texts(have: dict[int, tuple[str, bool]], schema: str) -> None:
+    for migration in known():
+        if migration.id in have and have[migration.id][0] != migration.checksum:
+            raise SchemaError(
+                f"migration {migration.id} of schema {schema!r} was applied with another text than this code has; "
+                "the code and the database are of different builds"
+            )
+
+
 def check(connection: Connection, schema: str) -> str | None:
     """Raise SchemaError unless this code can run on the schema; return a warning when the schema is newer."""
     have = applied(connection, schema)
@@ -130,6 +134,7 @@ def check(connection: Connection, schema: str) -> str | None:
     missing = [migration.id for migration in known() if migration.id not in have]
     if missing:
         raise SchemaError(f"schema {schema!r} lacks migration {missing[0]}; run `durable migrate`")
+    _refuse_other_texts(have, schema)
     newest = known()[-1].id
     newer = {number: breaking for number, (_, breaking) in have.items() if number > newest}
     if any(newer.values()):

@@ -23,11 +23,12 @@ from durable.storage import arrays
 from durable.storage.loop_pool import LoopPool, readable
 from durable.storage.session import (
     PINNED_PATH,
+    SHORTEST_TIMEOUT,
     AsyncConnection,
     Connection,
     connection_defaults,
-    describe,
     translated,
+    unavailable,
 )
 
 _pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
@@ -108,11 +109,13 @@ class ProducerPool:
     def _unavailable(self) -> DatabaseUnavailableError:
         """Ask the database why, once: a pool's timeout does not say it."""
         try:
-            psycopg.connect(self._dsn(), **self._kwargs).close()
+            # Soon, whatever the answer: the caller has waited for as long as it wanted to.
+            psycopg.connect(self._dsn(), **{**self._kwargs, "connect_timeout": SHORTEST_TIMEOUT}).close()
         except psycopg.Error as error:
-            return DatabaseUnavailableError(f"the database can't be reached: {describe(error)}")
+            return unavailable(error)
         return DatabaseUnavailableError(
-            f"no connection came free within connect_timeout = {self._timeout:g} s; pool_size = {self._size}"
+            f"all are lent: no connection came free within connect_timeout = {self._timeout:g} s; "
+            f"pool_size = {self._size}: raise it, or call again"
         )
 
     def _open(self) -> psycopg_pool.ConnectionPool[Connection]:

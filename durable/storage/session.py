@@ -40,6 +40,17 @@ CONNECTION_LOST = (
     psycopg.InterfaceError,
 )
 
+SHORTEST_TIMEOUT = 2
+"""Seconds; libpq takes one second for two."""
+
+_TIMEOUTS = {
+    "57014": "statement_timeout",
+    "55P03": "lock_timeout",
+    "25P03": "idle_in_transaction_session_timeout",
+    "25P04": "transaction_timeout",
+    "57P05": "idle_session_timeout",
+}
+
 
 def execute(connection: Connection, sql: Statements, name: str, parameters: Mapping[str, Any]) -> list[Row]:
     """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
@@ -121,7 +132,7 @@ def connection_defaults(timeout: float, *, pooler: bool = False) -> dict[str, An
         "autocommit": True,
         "client_encoding": "utf8",  # whatever the database's: the arrays are written in it
         "prepare_threshold": None if pooler else 5,
-        "connect_timeout": max(2, round(timeout)),
+        "connect_timeout": max(SHORTEST_TIMEOUT, round(timeout)),
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
@@ -135,6 +146,40 @@ def describe(error: BaseException) -> str:
     return text[0] if text else type(error).__name__
 
 
+# What a server, or a pooler, says that is there and lets nobody in. libpq gives no SQLSTATE for a connection that was
+# refused, so that a server that speaks another language is not recognized.
+_FULL = (
+    "too many clients",
+    "remaining connection slots are reserved",
+    "too many connections for",
+    "no more connections allowed",
+)
+_NOT_READY = ("is starting up", "is shutting down", "in recovery mode", "accepting connections")
+_POOLER_WAITED = "query_wait_timeout"
+_CONNECTING = ("connection failed", "connection is bad", "connection timeout")
+
+
+def admits_nobody(error: BaseException) -> bool:
+    """Whether an error says that the server is there and lets nobody in at the moment: full, or not ready."""
+    return any(part in str(error) for part in (*_FULL, *_NOT_READY))
+
+
+def unavailable(error: psycopg.Error) -> DatabaseUnavailableError:
+    """Return our error for a connection that can't be had, or was lost."""
+    text = describe(error)
+    if any(part in text for part in _FULL):
+        remedy = "call again later; raise max_connections, connect fewer processes, or put a pooler in front"
+    elif any(part in text for part in _NOT_READY):
+        remedy = "call again when it is ready"
+    elif _POOLER_WAITED in text:
+        remedy = "the pooler is paused or its pool too small, and nothing was written: call again"
+    elif text.startswith(_CONNECTING):
+        remedy = "see that it runs and that the DSN leads to it"
+    else:
+        remedy = "what the call wrote may be there: repeat it under its correlation_key or dedup_key"
+    return DatabaseUnavailableError(f"the database can't be reached: {text}; {remedy}")
+
+
 def translate(error: psycopg.Error, schema: str) -> DurableError | None:
     """Return our error for a Postgres error that has one of ours, else None."""
     if isinstance(error, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName | pg_errors.UndefinedColumn):
@@ -146,9 +191,23 @@ def translate(error: psycopg.Error, schema: str) -> DurableError | None:
         return DatabaseUnavailableError(f"the database role may not do this: {describe(error)}")
     if isinstance(error, pg_errors.ReadOnlySqlTransaction):
         return DatabaseUnavailableError("the database is read-only (a standby?); point the DSN at the primary")
-    if isinstance(error, CONNECTION_LOST):
-        return DatabaseUnavailableError(f"the database can't be reached: {describe(error)}")
-    return None
+    if isinstance(error, pg_errors.InvalidSqlStatementName | pg_errors.DuplicatePreparedStatement):
+        return DatabaseUnavailableError(
+            f"a prepared statement did not hold ({describe(error)}): the DSN leads through a transaction pooler; "
+            "set pooler=True"
+        )
+    setting = _TIMEOUTS.get(error.sqlstate or "")
+    if setting is not None:
+        return DatabaseUnavailableError(
+            f"the database ended the call: {describe(error)}; call again, or raise the role's {setting}"
+        )
+    return unavailable(error) if isinstance(error, CONNECTION_LOST) else None
+
+
+def advise(error: psycopg.Error, schema: str) -> str:
+    """Return what a process that tries on says of an error: with what to do, where waiting alone does not help."""
+    ours = None if isinstance(error, CONNECTION_LOST) else translate(error, schema)
+    return describe(error) if ours is None else str(ours)
 
 
 @contextmanager

@@ -5,10 +5,8 @@ On a server of this file's own, since half of the conditions are the server's.
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
-import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 from durable import Durable
 from durable.embedded import Server
@@ -28,6 +26,7 @@ from durable.storage import workers
 from durable.storage.workers import Identity
 from tests.cli.conftest import NO_SERVER, Ran
 from tests.fix_db import FAST, wait_until
+from tests.fix_pgbouncer import PgBouncer
 from tests.fix_rows import Rows
 
 SETTINGS = {**FAST, "max_connections": "30", "max_prepared_transactions": "5", "wal_level": "replica"}
@@ -334,58 +333,16 @@ def test_a_database_that_is_away_is_no_finding_but_an_error(durable: Callable[..
 # Behind PgBouncer
 
 
-@pytest.fixture
-def pgbouncer(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Start a real one in a pool mode; return the DSN through it."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        pytest.skip("pgbouncer is not installed")
-    server = conninfo_to_dict(database)
-    socket = Path(str(server["host"]))
-    started: list[subprocess.Popen[bytes]] = []
-    folder = Path(tempfile.mkdtemp(prefix="durable-pgb-"))
-    owner = socket.stat().st_uid
-    os.chown(folder, owner, -1)
-
-    def start(mode: str) -> str:
-        port = 6500 + len(started)
-        (folder / f"{port}.ini").write_text(
-            f"[databases]\n{server['dbname']} = user={server['user']} host={socket} port={server['port']}\n"
-            f"[pgbouncer]\nlisten_port = {port}\nunix_socket_dir = {folder}\nlisten_addr =\n"
-            f"auth_type = any\nauth_file =\npool_mode = {mode}\nlogfile =\npidfile =\n"
-        )
-        user = {"user": owner} if os.geteuid() == 0 and owner != 0 else {}
-        with (folder / f"{port}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen([program, str(folder / f"{port}.ini")], stdout=log, stderr=log, **user)  # type: ignore[call-overload]
-            )
-        dsn = make_conninfo("", host=str(folder), port=str(port), dbname=str(server["dbname"]), user="anybody")
-        wait_until(lambda: _answers(dsn) or started[-1].poll() is not None, what="PgBouncer")
-        assert _answers(dsn), (folder / f"{port}.log").read_text()
-        return dsn
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(dsn: str) -> bool:
-    try:
-        psycopg.connect(dsn, connect_timeout=2).close()
-    except psycopg.OperationalError:
-        return False
-    return True
-
-
 def test_a_pooler_in_transaction_mode_is_recognized_and_what_it_needs_is_said(
-    doctor: Doctor, pgbouncer: Callable[[str], str], database: str
+    doctor: Doctor, pgbouncer: Callable[..., PgBouncer], database: str
 ) -> None:
-    dsn = pgbouncer("transaction")
+    dsn = pgbouncer(database, "transaction").dsn
     finding = the_one(doctor(dsn=dsn), "pooler")
     assert finding["severity"] == "error"
     assert "pooler in transaction mode" in finding["cause"]
+    with psycopg.connect(dsn) as one, psycopg.connect(dsn) as two:
+        for client in (one, two):
+            assert client.execute("SHOW search_path").fetchone() == ('"$user", public',)
     finding = the_one(doctor(dsn=dsn, DURABLE_POOLER="1"), "listen_dsn")
     assert "nothing can LISTEN" in finding["cause"]
     assert doctor(dsn=dsn, DURABLE_POOLER="1", DURABLE_NOTIFY="0") == []
@@ -398,9 +355,9 @@ def test_a_pooler_in_transaction_mode_is_recognized_and_what_it_needs_is_said(
 
 
 def test_a_pooler_in_session_mode_is_told_from_one_in_transaction_mode(
-    doctor: Doctor, pgbouncer: Callable[[str], str]
+    doctor: Doctor, pgbouncer: Callable[..., PgBouncer], database: str
 ) -> None:
-    finding = the_one(doctor(dsn=pgbouncer("session")), "pooler")
+    finding = the_one(doctor(dsn=pgbouncer(database, "session").dsn), "pooler")
     assert finding["severity"] == "warning"
     assert "session mode" in finding["cause"]
 

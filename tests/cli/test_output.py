@@ -37,7 +37,7 @@ def test_nothing_that_a_terminal_obeys_is_left(text: str, left: str) -> None:
 
 
 def test_line_ends_stay_where_lines_are_wanted() -> None:
-    assert output.clean("a\r\nb\n\tc\rd", lines=True) == "a\nb\n\tcd"
+    assert output.clean("a\r\nb\n\tc\rd\u2028e", lines=True) == "a\nb\n\tcd\ne"
 
 
 @pytest.mark.parametrize("text", [text for text, _ in HOSTILE])

@@ -146,7 +146,7 @@ def test_without_its_database_nothing_starts(process: Callable[..., Ran], tmp_pa
 def test_more_processes_than_the_server_has_connections_is_warned_of() -> None:
     assert connections_warning(98, 100) is None
     warning = connections_warning(99, 100)
-    assert warning == "Warning: 99 processes need 101 connections, but the server's max_connections is 100"
+    assert warning == "99 processes need 101 connections, but the server's max_connections is 100"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,17 @@ def test_a_share_that_makes_no_sense_is_refused(
     ran = process("worker", *options)
     assert ran.code == 2
     assert complaint in ran.err
+
+
+@pytest.mark.parametrize("command", ["worker", "beat"])
+def test_settings_that_do_not_fit_each_other_start_nothing(
+    durable: Callable[..., Ran], tasks_module: Callable[[str], Path], command: str
+) -> None:
+    """Assigned one by one each is right by itself."""
+    tasks_module("app.conf.heartbeat_interval = 15\n")
+    ran = durable(command)
+    assert ran.code == 3
+    assert "lease_ttl (20 s) must be more than twice heartbeat_interval (15 s)" in ran.error
 
 
 @pytest.mark.parametrize("command", ["worker", "beat"])

@@ -123,6 +123,10 @@ def test_bad_input_is_refused_and_nothing_is_written(
         lambda: ConcurrencyLimit(-1),
         lambda: ConcurrencyLimit(2, shards=3),
         lambda: ConcurrencyLimit(100, shards=65),
+        lambda: ConcurrencyLimit(2, shards=0),
+        lambda: ConcurrencyLimit(1.5),  # type: ignore[arg-type]
+        lambda: ConcurrencyLimit(2**31),
+        lambda: ConcurrencyLimit(True),
         lambda: Durable("x", rate_limits={"a:b": RateLimit(1)}),
         lambda: Durable("x", rate_limits={"": RateLimit(1)}),
         lambda: Durable("x", rate_limits={"a": ConcurrencyLimit(1)}),  # type: ignore[dict-item]

@@ -105,7 +105,7 @@ WORDS = st.sampled_from(
     ["--json", "--help", "--limit", "-1", "0", "9" * 30, "nan", "-Q", "-c", "-n", "--args", "[1", "{}", "--status",
      "--max-age", "1e400", "--grant", "producer=x", "--", "-A", "tasks", "tasks:app", "../x", "--schema", "pg_x",
      "4711", "1,2", "é\ud800", "a b", "", "%s", "{schema}", "\n", "\x1b[31m", "--since", "--queue", "*", "--debug",
-     "done", "'; --"]
+     "done", "'; --", "--fix", "--yes", "-", "--grant", "--watch"]
 )  # fmt: skip
 COMMANDS = sorted(set(cli.commands) - {"worker", "beat", "demo", "server", "status"})
 

@@ -122,6 +122,8 @@ def test_a_migration_that_was_applied_with_another_text_is_refused(
     connection.execute(f"UPDATE {schema}.migrations SET checksum = 'other' WHERE id = 1")
     with pytest.raises(SchemaError, match=f"migration 1 of schema '{schema}' was applied with another text"):
         migrations.migrate(connection, schema)
+    with pytest.raises(SchemaError, match="the code and the database are of different builds"):
+        migrations.check(connection, schema)
 
 
 @pytest.mark.parametrize("breaking", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -144,3 +145,52 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(
         ran = process("worker", "--metrics-port", str(taken.getsockname()[1]))
     assert ran.code == 1
     assert "Address already in use" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--metrics-port", "0"], 2, "0 is not in the range"),
+        (["--metrics-port", "65536"], 2, "65536 is not in the range"),
+        (["--metrics-port", "9464", "--metrics-host", "192.0.2.1"], 1, "192.0.2.1:9464: Cannot assign"),
+        (["--metrics-port", "9464", "--metrics-host", "no such host"], 1, "can't be served at no such host:9464: "),
+        (["--metrics-port", "9464", "--metrics-host", "x" * 70], 1, "can't be served at xxx"),
+    ],
+)
+@pytest.mark.parametrize("command", ["worker", "beat"])
+def test_an_address_that_is_none_is_told_before_anything_starts(
+    tasks_module: Callable[[str], Path],
+    durable: Callable[..., Ran],
+    command: str,
+    options: list[str],
+    code: int,
+    said: str,
+) -> None:
+    tasks_module("")
+    ran = durable(command, *options)
+    assert ran.code == code
+    assert said in ran.error
+
+
+def test_metrics_are_read_and_nothing_else_at_this_host_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    port = free_port()
+    stop = prometheus.serve(port)
+    try:
+        assert answer(port, "GET", Host="evil.example").status == 200
+        assert answer(port, "OPTIONS").headers["Allow"] == "OPTIONS,GET"
+        for method in ("POST", "PUT", "DELETE", "PATCH", "HEAD", "TRACE", "NONSENSE"):
+            assert answer(port, method).status in (405, 501), method
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), 5)
+    finally:
+        stop()
+
+
+def answer(port: int, method: str, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request(method, "/metrics", headers=headers)
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response

@@ -71,6 +71,11 @@ BAD_VALUES = [
     ("lease_ttl", None),
     ("lease_ttl", 1e12),
     ("heartbeat_interval", 0),
+    ("reaper_grace", -1),
+    ("poll_interval", 0),
+    ("time_limit", 0),
+    ("soft_time_limit", -1),
+    ("pool_size", 0),
     ("drain_timeout", -0.1),
     ("flush_batch", 0),
     ("flush_batch", 1.5),
@@ -129,12 +134,41 @@ def test_a_wrong_environment_variable_is_named(variable: str, text: str) -> None
         Config.load({variable: text})
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("DURABLE_LEASE_TLT", "DURABLE_LEASE_TTL"),
+        ("DURABLE_FLUSH_BACH", "DURABLE_FLUSH_BATCH"),
+        ("DURABLE_DNS", "DURABLE_DSN"),
+        ("DURABLE_PAYLOAD_KEY", "DURABLE_PAYLOAD_KEYS"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_and_not_ignored(variable: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is no setting {variable}; did you mean {meant}") as refused:
+        Config.load({variable: "sesame"})
+    assert "sesame" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["DURABLE_APP", "DURABLE_DSN", "DURABLE_HOME", "DURABLE_PG_BIN", "DURABLE_SERVER_LINGER", "DURABLE_TEST_DSN",
+     "DURABLE_SCHEMA", "DURABLE_REDIS", "LEASE_TLT", "_DURABLE_COMPLETE", "DURABLE_"],
+)  # fmt: skip
+def test_variables_of_others_are_left_alone(variable: str) -> None:
+    assert Config.load({variable: "x"}) == Config()
+
+
 def test_a_lease_must_outlive_two_heartbeats() -> None:
     with pytest.raises(ConfigError, match=r"lease_ttl \(10 s\) must be more than twice heartbeat_interval \(5 s\)"):
         Config.load({}, lease_ttl=10)
     with pytest.raises(ConfigError, match="twice"):
         Config.load({"DURABLE_HEARTBEAT_INTERVAL": "10"})
     Config.load({}, lease_ttl=10, heartbeat_interval=4)
+
+
+def test_a_soft_limit_must_come_before_the_hard_one() -> None:
+    with pytest.raises(ConfigError, match=r"soft_time_limit \(10 s\) must be shorter than time_limit \(10 s\)"):
+        Config.load({"DURABLE_TIME_LIMIT": "10"}, soft_time_limit=10)
 
 
 def test_a_refused_update_changes_nothing_at_all() -> None:
