@@ -1,0 +1,92 @@
+"""Every operation that changes rows meets every other at each of its statements, in both orders.
+
+The first is held before each of its statements after the first and before its COMMIT; there the second runs until it is
+through or waits for a lock; then the first commits, or rolls back. Whatever happened, it must be as if one had come
+after the other: the same rows, signals, counters and answers. Where it is not, `allowed` says why that is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
+
+import pytest
+
+from tests.races.pairs.allowed import violations
+from tests.races.pairs.meeting import Ended, Pair
+from tests.races.pairs.operations import OPERATIONS
+from tests.races.pairs.world import EXECUTING, PARKED, Traits
+
+PAIRS = list(
+    dict.fromkeys(
+        pair for one, two in combinations_with_replacement(OPERATIONS, 2) for pair in ((one, two), (two, one))
+    )
+)
+# Where both are about one and the same row, whichever it is.
+TARGETS = (EXECUTING, PARKED)
+
+
+@pytest.fixture(scope="module")
+def pair(database: str) -> Iterator[Pair]:
+    pair = Pair(database, "t_pairs")
+    yield pair
+    pair.close()
+
+
+def traits(first: str, second: str) -> Traits:
+    needs = OPERATIONS[first].needs | OPERATIONS[second].needs
+    return needs - {"keyed"} if "gated" in needs else needs
+
+
+def targets(first: str, second: str) -> tuple[int, ...]:
+    about = [OPERATIONS[name].about for name in (first, second)]
+    chosen = next((row for row in about if row is not None), None)
+    return TARGETS if chosen is None else (chosen,)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_two_that_meet_end_as_if_one_had_come_after_the_other(pair: Pair, first: str, second: str) -> None:
+    for target in targets(first, second):
+        _meet_everywhere(pair, traits(first, second), target, first, second)
+
+
+def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second: str) -> None:
+    one, two = (first, 0), (second, 1)
+    orders = ((one, two), (two, one))
+    forth, back = (pair.one_after_the_other(world, target, order) for order in orders)
+    alone = pair.one_after_the_other(world, target, (two,))
+    for serial in (forth, back, alone):
+        assert violations(serial[0]) == []
+    names = pair.statements(world, target, first)
+    for at in range(1, len(names) + 1):
+        for commits in (True, False) if at == len(names) else (True,):
+            point = f"before {names[at]}" if at < len(names) else "before its COMMIT"
+            where = f"{first!r} was held {point}, {second!r} met it (row {target})"
+            where += "" if commits else "; it was rolled back"
+            ended = pair.meet(world, target, first, second, at, commits)
+            assert violations(ended[0]) == [], where
+            serials = (forth, back) if commits else (alone,)
+            if any(same(ended, serial) for serial in serials):
+                continue
+            again = pair.again(world, target, second)
+            orders_twice = [(*order, two) for order in orders] if commits else [(two, two)]
+            twice = [pair.one_after_the_other(world, target, order) for order in orders_twice]
+            mended = any(again.shape() == serial[0].shape() for serial in (*serials, *twice))
+            pytest.fail(
+                f"{where}: another turn {'mends' if mended else 'does not mend'} it\n" + differences(ended, serials)
+            )
+
+
+def same(one: Ended, other: Ended) -> bool:
+    return one[0].shape() == other[0].shape() and one[1:] == other[1:]
+
+
+def differences(ended: Ended, serials: tuple[Ended, ...]) -> str:
+    lines = []
+    for serial in serials:
+        lines.append(f"answers {ended[1:]} instead of {serial[1:]}")
+        mine, theirs = ended[0].shape(), serial[0].shape()
+        for name in mine:
+            lines += [f"  {name} has {row}" for row in mine[name] if row not in theirs[name]]
+            lines += [f"  {name} lacks {row}" for row in theirs[name] if row not in mine[name]]
+    return "\n".join(lines)
