@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import Any
 
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 
 from durable import DuplicateError
 from durable.instance import Claimed
@@ -17,7 +18,12 @@ from durable.storage.admission import Admitted
 from tests.fix_rows import Session
 from tests.interleaving import Held
 from tests.races.pairs.operations import OPERATIONS
-from tests.races.pairs.world import NEW, Producer, Scene, State, Traits, World
+from tests.races.pairs.world import NEW, Producer, Scene, Shape, State, Traits, World
+
+Turns = tuple[tuple[str, int], ...]
+"""Operations and the sides that they are on, one after the other."""
+
+MOST_TURNS = 8
 
 Ended = tuple[State, Any, Any]
 """How everything stood, what the first answered, what the second did."""
@@ -36,6 +42,8 @@ class Pair:
         self._blocker = Producer(dsn, schema)
         self._threads = ThreadPoolExecutor(2)
         self._alone: dict[tuple[Any, ...], Ended] = {}
+        self._statements: dict[tuple[Any, ...], Sequence[str]] = {}
+        self._settled: dict[tuple[Any, ...], Shape] = {}
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -45,19 +53,28 @@ class Pair:
     def session(self, name: str, side: int) -> Session:
         return self._sessions[side][OPERATIONS[name].pinned]
 
-    def one_after_the_other(self, traits: Traits, target: int, order: tuple[tuple[str, int], ...]) -> Ended:
+    def one_after_the_other(self, traits: Traits, target: int, order: Turns) -> Ended:
         """What operations come to without meeting; `order` of (name, side)."""
         key = (traits, target, order)
         if key not in self._alone:
-            self.world.make(traits)
-            answers: list[Any] = [None, None]
-            for name, side in order:
-                answers[side] = self._run(name, Scene(traits, target, side))
-            self._alone[key] = (self.world.state(), answers[0], answers[1])
+            self._alone[key] = self._end(*self._serially(traits, target, order))
         return self._alone[key]
 
-    def statements(self, traits: Traits, target: int, name: str) -> list[str]:
+    def _serially(self, traits: Traits, target: int, order: Turns) -> list[Any]:
+        self.world.make(traits)
+        answers: list[Any] = [None, None]
+        for name, side in order:
+            answers[side] = self._run(name, Scene(traits, target, side))
+        return answers
+
+    def statements(self, traits: Traits, target: int, name: str) -> Sequence[str]:
         """The statements of an operation that meets nobody."""
+        key = (traits, target, name)
+        if key not in self._statements:
+            self._statements[key] = self._all_statements(*key)
+        return self._statements[key]
+
+    def _all_statements(self, traits: Traits, target: int, name: str) -> Sequence[str]:
         self.world.make(traits)
         held = Held(self.session(name, 0), OPERATIONS[name].make(Scene(traits, target, 0)))
         names = []
@@ -73,13 +90,14 @@ class Pair:
         """Hold the first after so many statements, let the second go as far as it can, then end the first."""
         self.world.make(traits)
         held = Held(self.session(first, 0), OPERATIONS[first].make(Scene(traits, target, 0)))
-        answer: Any = None
-        for _ in range(at):
-            held.step()
-        future = self._go(second, Scene(traits, target, 1))
-        answer = answered(held.commit) if commits else held.rollback()
-        if isinstance(answer, Refused):
-            held.rollback()
+        try:
+            for _ in range(at):
+                held.step()
+            future = self._go(second, Scene(traits, target, 1))
+            answer = answered(held.commit) if commits else None
+        finally:
+            if held.session.connection.info.transaction_status != TransactionStatus.IDLE:
+                held.rollback()
         return self._end(answer, future.result(20))
 
     def behind(self, traits: Traits, target: int, first: str, second: str, row: int) -> Ended:
@@ -88,14 +106,30 @@ class Pair:
         blocker = self._blocker
         blocker.connection.execute("BEGIN")
         blocker.fetch("SELECT FROM {schema}.instances WHERE id = %s FOR UPDATE", [row])
-        futures = [self._go(name, Scene(traits, target, side)) for side, name in enumerate((first, second))]
-        blocker.connection.execute("ROLLBACK")
+        try:
+            futures = [self._go(name, Scene(traits, target, side)) for side, name in enumerate((first, second))]
+        finally:
+            blocker.connection.execute("ROLLBACK")
         return self._end(*(future.result(20) for future in futures))
 
-    def again(self, traits: Traits, target: int, second: str) -> State:
-        """Let the second have another turn."""
-        self._run(second, Scene(traits, target, 1))
-        return self.world.state()
+    def settle(self, traits: Traits, target: int, turns: Turns) -> Shape:
+        """Let these take turns until nothing changes any more; return what that comes to."""
+        before, after = None, self.world.state().shape()
+        for _ in range(MOST_TURNS):
+            if before == after:
+                return after
+            for name, side in turns:
+                self._run(name, Scene(traits, target, side))
+            before, after = after, self.world.state().shape()
+        raise AssertionError(f"{turns} never come to rest: {before} {after}")
+
+    def settled(self, traits: Traits, target: int, order: Turns, turns: Turns) -> Shape:
+        """What it comes to when operations that did not meet have taken their turns."""
+        key = (traits, target, order, turns)
+        if key not in self._settled:
+            self._serially(traits, target, order)
+            self._settled[key] = self.settle(traits, target, turns)
+        return self._settled[key]
 
     def _end(self, *answers: Any) -> Ended:
         return self.world.state(), answers[0], answers[1]

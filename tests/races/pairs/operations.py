@@ -24,6 +24,7 @@ from tests.races.pairs.world import (
     OWNER,
     PARENT,
     PARKED,
+    RATED,
     RUNNABLE,
     SECOND,
     SHOWN,
@@ -80,7 +81,11 @@ def with_what_it_wrote(scene: Scene) -> Operation[Any]:
 
 
 def claimed_again(scene: Scene) -> Operation[Any]:
-    """Given back and claimed by the same worker: only the token tells the two claims apart."""
+    """Given back and claimed by the same worker: only the token tells the two claims apart.
+
+    Two transactions of a worker that are one here, and so lock the lease first, as one would.
+    """
+    yield "live_lease", {"worker": OWNER, "queue": "default"}
     yield from claims.release(OWNER, MINE)
     return (yield from claims.claim(OWNER, "default", 10, HEAD, 32767, []))
 
@@ -103,12 +108,6 @@ def signals_to_all(scene: Scene) -> Operation[Any]:
 
 def cancel(**options: bool) -> Callable[[Scene], Operation[Any]]:
     return lambda scene: instances.cancel(scene.target, "enough", **options)
-
-
-def reap(scene: Scene) -> Operation[Any]:
-    """What follows a death: the lease is ended, then the rows are taken back."""
-    yield from bury(OWNER)
-    return (yield from workers.reclaim(OWNER, MINE, 3, "it died"))
 
 
 def limited_claim(scene: Scene) -> Operation[Any]:
@@ -136,9 +135,9 @@ OPERATIONS: dict[str, Op] = {
     "release": Op(lambda scene: claims.release(OWNER, HELD, "draining")),
     "claimed again": Op(claimed_again),
     "expire": Op(lambda scene: claims.expire(OWNER, MINE)),
-    "reclaim": Op(lambda scene: reclaiming(OWNER)),
-    "reclaim, the last time": Op(lambda scene: workers.reclaim(OWNER, MINE, 1, "it died")),
-    "reap": Op(reap),
+    "reclaim": Op(lambda scene: reclaiming(OWNER), needs=frozenset({"dead"})),
+    "reclaim, the last time": Op(lambda scene: workers.reclaim(OWNER, MINE, 1, "it died"), needs=frozenset({"dead"})),
+    "bury": Op(lambda scene: bury(OWNER)),
     "give up": Op(lambda scene: workers.give_up(OWNER, [(EXECUTING, TOKEN, "too long")], 3)),
     "bury what has expired": Op(lambda scene: workers.bury_expired(SINCE_EVER, 1.0, 0.0), needs=frozenset({"expired"})),
     "heartbeat": Op(lambda scene: workers.heartbeat([OWNER, 2, 3], 600.0, {OWNER: [(EXECUTING, TOKEN, 1.0)]})),
@@ -164,7 +163,8 @@ OPERATIONS: dict[str, Op] = {
     "limited claim, no gate": Op(limited_claim, CANDIDATE, KEYED),
     "repair of limits": Op(lambda scene: lanes.repair(), CANDIDATE, GATED),
     "sweep of limits": Op(lambda scene: lanes.sweep(), CANDIDATE, GATED),
-    "open token lanes": Op(lambda scene: lanes.open_due_lanes(), CANDIDATE, GATED),
+    "open token lanes": Op(lambda scene: lanes.open_due_lanes(), RATED, GATED | {"rated"}),
+    "limited claim, tokens": Op(limited_claim, RATED, GATED | {"rated"}),
     "raise a limit": Op(
         lambda scene: limits.put({("concurrency", "gate"): ConcurrencyLimit(2)}, pin=True), CANDIDATE, GATED, False
     ),
@@ -172,3 +172,25 @@ OPERATIONS: dict[str, Op] = {
     "ageing": Op(lambda scene: ageing.age_queue("default", 1.0), RUNNABLE),
 }
 """Every operation that changes rows while the system runs."""
+
+SEVERAL = (
+    "claim",
+    "flush: done",
+    "flush: next",
+    "flush: children",
+    "flush of two",
+    "flush with what it wrote",
+    "signals to all",
+    "cancel",
+    "cancel with its tree",
+    "release",
+    "expire",
+    "reclaim, the last time",
+    "give up",
+    "promote",
+    "time out",
+    "purge",
+    "limited claim",
+    "ageing",
+)
+"""Those of them that lock several rows in one statement."""

@@ -8,14 +8,14 @@ after the other: the same rows, signals, counters and answers. Where it is not, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 
 import pytest
 
-from tests.races.pairs.allowed import violations
-from tests.races.pairs.meeting import Ended, Pair
-from tests.races.pairs.operations import OPERATIONS
-from tests.races.pairs.world import EXECUTING, PARKED, Traits
+from tests.races.pairs.allowed import TAKE_TURNS, violations
+from tests.races.pairs.meeting import Ended, Pair, Turns
+from tests.races.pairs.operations import OPERATIONS, SEVERAL
+from tests.races.pairs.world import EXECUTING, PARENT, PARKED, RUNNABLE, Traits
 
 PAIRS = list(
     dict.fromkeys(
@@ -50,13 +50,20 @@ def test_two_that_meet_end_as_if_one_had_come_after_the_other(pair: Pair, first:
         _meet_everywhere(pair, traits(first, second), target, first, second)
 
 
+@pytest.mark.parametrize(("first", "second"), list(product(SEVERAL, repeat=2)))
+def test_two_that_lock_several_rows_do_not_deadlock_in_the_middle_of_them(pair: Pair, first: str, second: str) -> None:
+    for row in (PARENT, EXECUTING, RUNNABLE, PARKED):
+        for target in targets(first, second):
+            ended = pair.behind(traits(first, second), target, first, second, row)
+            assert violations(ended[0]) == [], f"{first!r}, then {second!r}, while row {row} was held"
+
+
 def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second: str) -> None:
     one, two = (first, 0), (second, 1)
-    orders = ((one, two), (two, one))
-    forth, back = (pair.one_after_the_other(world, target, order) for order in orders)
-    alone = pair.one_after_the_other(world, target, (two,))
-    for serial in (forth, back, alone):
-        assert violations(serial[0]) == []
+    both: tuple[Turns, ...] = ((one, two), (two, one))
+    alone: tuple[Turns, ...] = ((two,),)
+    for order in (*both, *alone):
+        assert violations(pair.one_after_the_other(world, target, order)[0]) == [], order
     names = pair.statements(world, target, first)
     for at in range(1, len(names) + 1):
         for commits in (True, False) if at == len(names) else (True,):
@@ -65,23 +72,23 @@ def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second:
             where += "" if commits else "; it was rolled back"
             ended = pair.meet(world, target, first, second, at, commits)
             assert violations(ended[0]) == [], where
-            serials = (forth, back) if commits else (alone,)
+            orders = both if commits else alone
+            serials = [pair.one_after_the_other(world, target, order) for order in orders]
             if any(same(ended, serial) for serial in serials):
                 continue
-            again = pair.again(world, target, second)
-            orders_twice = [(*order, two) for order in orders] if commits else [(two, two)]
-            twice = [pair.one_after_the_other(world, target, order) for order in orders_twice]
-            mended = any(again.shape() == serial[0].shape() for serial in (*serials, *twice))
-            pytest.fail(
-                f"{where}: another turn {'mends' if mended else 'does not mend'} it\n" + differences(ended, serials)
-            )
+            turns = tuple(turn for turn in (two, one) if turn[0] in TAKE_TURNS and (commits or turn == two))
+            if turns:
+                after = pair.settle(world, target, turns)
+                if any(after == pair.settled(world, target, order, turns) for order in orders):
+                    continue
+            pytest.fail(f"{where}: turns {turns} don't mend it\n" + differences(ended, serials))
 
 
 def same(one: Ended, other: Ended) -> bool:
     return one[0].shape() == other[0].shape() and one[1:] == other[1:]
 
 
-def differences(ended: Ended, serials: tuple[Ended, ...]) -> str:
+def differences(ended: Ended, serials: list[Ended]) -> str:
     lines = []
     for serial in serials:
         lines.append(f"answers {ended[1:]} instead of {serial[1:]}")

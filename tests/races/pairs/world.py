@@ -29,13 +29,16 @@ LONG_AGO = "2026-01-01T00:00:00+00:00"
 NEW = 1000
 
 Row = dict[str, Any]
+Shape = Mapping[str, Sequence[str]]
 Traits = frozenset[str]
 """What is different in this world.
 
 gated, keyed  EXECUTING holds a slot of a gate, or a key without one; others wait for it, and for tokens
 kept          EXECUTING reserves its key beyond its end
+rated         as gated, but nobody who waits for tokens is a candidate: the clock has to open their lane
 paused        the queue is
 expired       OWNER's lease has run out
+dead          OWNER is
 """
 
 _INSTANCE: Row = {
@@ -82,11 +85,11 @@ _TABLES = ("instances", "history", "signals", "workers", "limits", "gates", "buc
 
 _LOG = """
 CREATE TABLE {schema}.changes (
-    n bigint GENERATED ALWAYS AS IDENTITY, id bigint, worker bigint, was text, is text, tokens int[], versions int[]
+    n bigint GENERATED ALWAYS AS IDENTITY, id bigint, worker bigint, was text, became text, tokens int[], versions int[]
 );
 CREATE FUNCTION {schema}.note_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO {schema}.changes (id, worker, was, is, tokens, versions)
+    INSERT INTO {schema}.changes (id, worker, was, became, tokens, versions)
     VALUES (coalesce(OLD.id, NEW.id), OLD.worker_id, OLD.status, NEW.status,
             ARRAY[OLD.token, NEW.token], ARRAY[OLD.version, NEW.version]);
     RETURN NULL;
@@ -180,7 +183,7 @@ class State:
         """Rows of the live table."""
         return [row for row in self.rows if row["place"] == "live"]
 
-    def shape(self) -> Mapping[str, list[str]]:
+    def shape(self) -> Shape:
         """What two ends that are the same have in common: no id that an operation drew, nothing of the way there."""
         return {
             name: sorted(json.dumps(_nameless(row), sort_keys=True) for row in rows)
@@ -193,6 +196,7 @@ def _nameless(row: Row) -> Row:
     return {
         name: "new" if name in ("id", "target_id", "parent_id") and (value or 0) >= NEW else value
         for name, value in row.items()
+        if value is not None and value is not False  # else nobody could read a difference
     }
 
 
@@ -216,7 +220,10 @@ class World(Session):
         for day in partitions.days(self.connection, self.sql):
             if day > tomorrow:  # each is a table more to empty and to read, thousands of times
                 execute(self.connection, self.sql, "drop_partition", {"day": day})
+        # What makes the world is nothing that happens in it.
+        self.connection.execute("SET session_replication_role = replica")
         self._made = 0
+        self._makers: set[str] = set()
 
     def make(self, traits: Traits) -> None:
         """Put everything in its place."""
@@ -225,7 +232,11 @@ class World(Session):
             self.connection.execute(
                 self.sql.render("VACUUM " + ", ".join(f"{{schema}}.{name}" for name in _TABLES)).encode()
             )
-        self.connection.execute(self.sql.render(_script(traits)).encode())
+        name = "make_" + "_".join(sorted(traits))
+        if name not in self._makers:
+            self._makers.add(name)
+            self.connection.execute(self.sql.render(_maker(name, traits)).encode())
+        self.connection.execute(self.sql.render(f"SELECT {{schema}}.{name}()").encode())
 
     def state(self) -> State:
         """Read everything."""
@@ -233,8 +244,8 @@ class World(Session):
         return State(**row[0])
 
 
-@cache
-def _script(traits: Traits) -> str:
+def _maker(name: str, traits: Traits) -> str:
+    """A function, whose plans are made once."""
     tables = {
         "instances": _instances(traits),
         "history": [_failed()],
@@ -244,21 +255,25 @@ def _script(traits: Traits) -> str:
             {**_SIGNAL, "id": 3, "target_id": KEPT, "name": "go"},
         ],
         "workers": [
-            {**_WORKER, "id": OWNER, **({"expires_at": LONG_AGO} if "expired" in traits else {})},
+            {
+                **_WORKER,
+                "id": OWNER,
+                **({"expires_at": LONG_AGO} if "expired" in traits else {}),
+                **({"dead_at": LONG_AGO} if "dead" in traits else {}),
+            },
             *({**_WORKER, "id": OWNER + 1 + side} for side in (0, 1)),
             {**_WORKER, "id": DEAD, "dead_at": LONG_AGO},
         ],
         "queues": [{"name": "default", "paused_at": LONG_AGO, "updated_at": LONG_AGO}] if "paused" in traits else [],
         **(_limits(traits) if traits & {"gated", "keyed"} else {}),
     }
-    return ";".join(
-        [
-            *(f"DELETE FROM {{schema}}.{name}" for name in _TABLES),
-            "SELECT setval('{schema}.instance_ids', 1000), setval('{schema}.signals_id_seq', 1000)",
-            *(_insert(table, rows) for table, rows in tables.items() if rows),
-            "DELETE FROM {schema}.changes",
-        ]
-    )
+    statements = [
+        *(f"DELETE FROM {{schema}}.{table}" for table in _TABLES),
+        "PERFORM setval('{schema}.instance_ids', 1000), setval('{schema}.signals_id_seq', 1000)",
+        *(_insert(table, rows) for table, rows in tables.items() if rows),
+    ]
+    body = "; ".join(statements)
+    return f"CREATE FUNCTION {{schema}}.{name}() RETURNS void LANGUAGE plpgsql AS $$ BEGIN {body}; END $$"
 
 
 def _insert(table: str, rows: Sequence[Row]) -> str:
@@ -309,7 +324,7 @@ def _instances(traits: Traits) -> list[Row]:
         rows += [
             {"id": CANDIDATE, "concurrency_key": key},
             {"id": WAITING, "concurrency_key": key, "lane": f"key {key}"},
-            {"id": RATED, "rate_limit": "bucket"},
+            {"id": RATED, "rate_limit": "bucket", **({"lane": "rate bucket"} if "rated" in traits else {})},
             {"id": RATED_WAITING, "rate_limit": "bucket", "lane": "rate bucket"},
         ]
     pending = sum(row.get("parent_id", PARENT) == PARENT for row in rows)
