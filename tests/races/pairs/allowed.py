@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 
 from durable.instance import LIVE, TERMINAL
 from tests.races.pairs.world import EXECUTING, OWNER, TOKEN, VERSION, Row, State
@@ -193,5 +194,10 @@ TAKE_TURNS: Mapping[str, str] = dict.fromkeys(
 )
 """Operations that pass by rows that somebody holds, and why that loses nothing: another turn brings the same."""
 
-ODD: Mapping[tuple[str, str], str] = {}
-"""Pairs whose end may be neither serial one, and why that is right."""
+_LIMITED = ("limited claim", "limited claim, no gate", "limited claim, tokens")
+
+ODD: Mapping[tuple[str, str], str] = dict.fromkeys(
+    product(_LIMITED, ("release", "claimed again", "give up", "reclaim")),
+    "a row that comes back while a claim looks around is not among its candidates: its slot goes to the next in line",
+)
+"""Pairs whose end may be neither serial one, whatever turns are taken, and why that is right."""

@@ -113,14 +113,15 @@ class Pair:
         return self._end(*(future.result(20) for future in futures))
 
     def settle(self, traits: Traits, target: int, turns: Turns) -> Shape:
-        """Let these take turns until nothing changes any more; return what that comes to."""
-        before, after = None, self.world.state().shape()
+        """Let these take turns until nothing changes any more; return what that comes to, whoever claims what."""
+        before, after = None, self.world.state()
         for _ in range(MOST_TURNS):
             if before == after:
-                return after
+                return after.shape(whoever=True)
+            self.world.run_on()
             for name, side in turns:
                 self._run(name, Scene(traits, target, side))
-            before, after = after, self.world.state().shape()
+            before, after = after, self.world.state()
         raise AssertionError(f"{turns} never come to rest: {before} {after}")
 
     def settled(self, traits: Traits, target: int, order: Turns, turns: Turns) -> Shape:

@@ -22,11 +22,13 @@ from tests.fix_rows import Session
 PARENT, EXECUTING, RUNNABLE, DUE, PARKED, SUSPECT, SECOND, FAILED, KEPT, HEIR = range(1, 11)
 CANDIDATE, WAITING, RATED, RATED_WAITING = range(20, 24)
 OWNER, DEAD = 1, 4
+CLAIMERS = (2, 3)
 TOKEN, VERSION = 3, 2
 SHOWN = (1, 2)
 """Ids of the signals that the step of EXECUTING was shown."""
 LONG_AGO = "2026-01-01T00:00:00+00:00"
 NEW = 1000
+_IDS = ("id", "target_id", "parent_id")
 
 Row = dict[str, Any]
 Shape = Mapping[str, Sequence[str]]
@@ -132,7 +134,7 @@ class Scene:
     @property
     def worker(self) -> int:
         """A worker of its own."""
-        return OWNER + 1 + self.side
+        return CLAIMERS[self.side]
 
     @property
     def claimed(self) -> Claimed:
@@ -183,18 +185,22 @@ class State:
         """Rows of the live table."""
         return [row for row in self.rows if row["place"] == "live"]
 
-    def shape(self) -> Shape:
-        """What two ends that are the same have in common: no id that an operation drew, nothing of the way there."""
+    def shape(self, *, whoever: bool = False) -> Shape:
+        """What two ends that are the same have in common: no id that an operation drew, nothing of the way there.
+
+        whoever  which of the two claiming workers got a row does not count either
+        """
+        drawn = {"worker_id": CLAIMERS} if whoever else {}
         return {
-            name: sorted(json.dumps(_nameless(row), sort_keys=True) for row in rows)
+            name: sorted(json.dumps(_nameless(row, drawn), sort_keys=True) for row in rows)
             for name, rows in vars(self).items()
             if name != "changes"
         }
 
 
-def _nameless(row: Row) -> Row:
+def _nameless(row: Row, drawn: Mapping[str, Sequence[int]]) -> Row:
     return {
-        name: "new" if name in ("id", "target_id", "parent_id") and (value or 0) >= NEW else value
+        name: "new" if (name in _IDS and (value or 0) >= NEW) or value in drawn.get(name, ()) else value
         for name, value in row.items()
         if value is not None and value is not False  # else nobody could read a difference
     }
@@ -238,6 +244,10 @@ class World(Session):
             self.connection.execute(self.sql.render(_maker(name, traits)).encode())
         self.connection.execute(self.sql.render(f"SELECT {{schema}}.{name}()").encode())
 
+    def run_on(self) -> None:
+        """Let the clock run on until every lane that has a time to open is due."""
+        self.fetch("UPDATE {schema}.buckets SET opens_at = %s WHERE opens_at IS NOT NULL", [LONG_AGO])
+
     def state(self) -> State:
         """Read everything."""
         (row,) = self.connection.execute(self.sql.render(_STATE).encode())
@@ -261,7 +271,7 @@ def _maker(name: str, traits: Traits) -> str:
                 **({"expires_at": LONG_AGO} if "expired" in traits else {}),
                 **({"dead_at": LONG_AGO} if "dead" in traits else {}),
             },
-            *({**_WORKER, "id": OWNER + 1 + side} for side in (0, 1)),
+            *({**_WORKER, "id": claimer} for claimer in CLAIMERS),
             {**_WORKER, "id": DEAD, "dead_at": LONG_AGO},
         ],
         "queues": [{"name": "default", "paused_at": LONG_AGO, "updated_at": LONG_AGO}] if "paused" in traits else [],
