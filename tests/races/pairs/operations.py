@@ -114,7 +114,7 @@ def limited_claim(scene: Scene) -> Operation[Any]:
     return claim_limited(Demand(scene.worker, "default", 10, 1, True))
 
 
-GATED, KEYED = frozenset({"gated"}), frozenset({"keyed"})
+ASKED, GATED, KEYED = frozenset({"asked"}), frozenset({"gated"}), frozenset({"keyed"})
 
 OPERATIONS: dict[str, Op] = {
     "claim": Op(lambda scene: claims.claim(scene.worker, "default", 10, HEAD, 32767, []), RUNNABLE),
@@ -122,6 +122,7 @@ OPERATIONS: dict[str, Op] = {
     "claim of a suspect": Op(lambda scene: claims.claim_suspect(scene.worker, "default", []), SUSPECT),
     "claim by the owner": Op(lambda scene: claims.claim(OWNER, "default", 10, HEAD, 32767, []), RUNNABLE),
     **{f"flush: {kind}": outcome(kind) for kind in OUTCOMES},
+    "flush of a cancelled one": Op(lambda scene: flushing(OWNER, going_on(scene.claimed, consumed=SHOWN)), needs=ASKED),
     "flush of two": Op(flush_of_two),
     "flush with what it wrote": Op(with_what_it_wrote),
     "signal": Op(one_signal, None, pinned=False),
@@ -133,6 +134,7 @@ OPERATIONS: dict[str, Op] = {
     "terminate": Op(cancel(terminate=True), None, pinned=False),
     "retry of a failed one": Op(lambda scene: instances.retry_failed(FAILED), FAILED, pinned=False),
     "release": Op(lambda scene: claims.release(OWNER, HELD, "draining")),
+    "release of a cancelled one": Op(lambda scene: claims.release(OWNER, HELD, "draining"), needs=ASKED),
     "claimed again": Op(claimed_again),
     "expire": Op(lambda scene: claims.expire(OWNER, MINE)),
     "reclaim": Op(lambda scene: reclaiming(OWNER), needs=frozenset({"dead"})),
@@ -183,7 +185,7 @@ SEVERAL = (
     "signals to all",
     "cancel",
     "cancel with its tree",
-    "release",
+    "release of a cancelled one",
     "expire",
     "reclaim, the last time",
     "give up",

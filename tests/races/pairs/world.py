@@ -36,6 +36,7 @@ Traits = frozenset[str]
 """What is different in this world.
 
 gated, keyed  EXECUTING holds a slot of a gate, or a key without one; others wait for it, and for tokens
+asked         EXECUTING was asked to end
 kept          EXECUTING reserves its key beyond its end
 rated         as gated, but nobody who waits for tokens is a candidate: the clock has to open their lane
 paused        the queue is
@@ -316,6 +317,7 @@ def _instances(traits: Traits) -> list[Row]:
         "version": VERSION,
         "inbox": True,
         "children_round": 1,
+        "cancel_requested": "asked" in traits,
         "correlation_scope": ["executing", "done", "failed"] if "kept" in traits else None,
     }
     if key is not None:
