@@ -168,33 +168,31 @@ _RULES: tuple[Callable[[State], Iterator[object]], ...] = (
     _lanes,
 )
 
-TAKE_TURNS: Mapping[str, str] = dict.fromkeys(
-    (
-        "claim",
-        "claim of one",
-        "claim of a suspect",
-        "claim by the owner",
-        "claimed again",
-        "limited claim",
-        "limited claim, no gate",
-        "limited claim, tokens",
-        "reclaim",
-        "reclaim, the last time",
-        "give up",
-        "bury what has expired",
-        "promote",
-        "time out",
-        "sweep of kept rows",
-        "sweep of limits",
-        "open token lanes",
-        "repair of limits",
-        "ageing",
-    ),
-    "",
-)
-"""Operations that pass by rows that somebody holds, and why that loses nothing: another turn brings the same."""
-
 _LIMITED = ("limited claim", "limited claim, no gate", "limited claim, tokens")
+_CLAIMS = ("claim", "claim of one", "claim of a suspect", "claim by the owner", *_LIMITED)
+
+PASS_BY: Mapping[str, str] = {
+    **dict.fromkeys(_CLAIMS, "a claim leaves what somebody holds to the next claim"),
+    **dict.fromkeys(
+        ("promote", "time out", "open token lanes", "ageing", "bury what has expired"), "the clock comes round again"
+    ),
+    **dict.fromkeys(("sweep of kept rows", "sweep of limits"), "what is left will be swept another day"),
+}
+"""Operations that wait for no row: they pass by what somebody holds; and why that loses nothing."""
+
+MAY_WAIT = {("bury", "claim by the owner")}
+"""But a claim waits for who ends its lease, and gets nothing."""
+
+TAKE_TURNS: Mapping[str, str] = {
+    **PASS_BY,
+    **dict.fromkeys(
+        ("reclaim", "reclaim, the last time", "give up"),
+        "if its outcome was not committed, a row is still there next time",
+    ),
+    "claimed again": "the claim in it passes by",
+    "repair of limits": "it mends what it sees at the time",
+}
+"""Operations that come round again, and why an end is right that takes another turn of theirs."""
 
 ODD: Mapping[tuple[str, str], str] = dict.fromkeys(
     product(_LIMITED, ("release", "claimed again", "give up", "reclaim")),

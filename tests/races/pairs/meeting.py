@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg import errors
 from psycopg.pq import TransactionStatus
@@ -25,8 +25,13 @@ Turns = tuple[tuple[str, int], ...]
 
 MOST_TURNS = 8
 
-Ended = tuple[State, Any, Any]
-"""How everything stood, what the first answered, what the second did."""
+
+class Ended(NamedTuple):
+    """How everything stood, what the two answered, whether the second waited for the first."""
+
+    state: State
+    answers: tuple[Any, Any]
+    waited: bool = False
 
 
 class Refused(str):
@@ -94,11 +99,12 @@ class Pair:
             for _ in range(at):
                 held.step()
             future = self._go(second, Scene(traits, target, 1))
+            waited = not future.done()
             answer = answered(held.commit) if commits else None
         finally:
             if held.session.connection.info.transaction_status != TransactionStatus.IDLE:
                 held.rollback()
-        return self._end(answer, future.result(20))
+        return Ended(*self._end(answer, future.result(20))[:2], waited)
 
     def behind(self, traits: Traits, target: int, first: str, second: str, row: int) -> Ended:
         """Let both wait in turn while a third holds one row, in the middle of a statement that locks several."""
@@ -110,7 +116,8 @@ class Pair:
             futures = [self._go(name, Scene(traits, target, side)) for side, name in enumerate((first, second))]
         finally:
             blocker.connection.execute("ROLLBACK")
-        return self._end(*(future.result(20) for future in futures))
+        first_answer, second_answer = (future.result(20) for future in futures)
+        return self._end(first_answer, second_answer)
 
     def settle(self, traits: Traits, target: int, turns: Turns) -> Shape:
         """Let these take turns until nothing changes any more; return what that comes to, whoever claims what."""
@@ -133,7 +140,7 @@ class Pair:
         return self._settled[key]
 
     def _end(self, *answers: Any) -> Ended:
-        return self.world.state(), answers[0], answers[1]
+        return Ended(self.world.state(), (answers[0], answers[1]))
 
     def _run(self, name: str, scene: Scene) -> Any:
         session = self.session(name, scene.side)

@@ -12,7 +12,7 @@ from itertools import combinations_with_replacement, product
 
 import pytest
 
-from tests.races.pairs.allowed import ODD, TAKE_TURNS, violations
+from tests.races.pairs.allowed import MAY_WAIT, ODD, PASS_BY, TAKE_TURNS, violations
 from tests.races.pairs.meeting import Ended, Pair, Turns
 from tests.races.pairs.operations import OPERATIONS, SEVERAL
 from tests.races.pairs.world import EXECUTING, PARENT, PARKED, RUNNABLE, Traits
@@ -59,7 +59,7 @@ def test_two_that_lock_several_rows_do_not_deadlock_in_the_middle_of_them(pair: 
     for row in (PARENT, EXECUTING, RUNNABLE, PARKED):
         for target in targets(first, second):
             ended = pair.behind(traits(first, second), target, first, second, row)
-            assert violations(ended[0]) == [], f"{first!r}, then {second!r}, while row {row} was held"
+            assert violations(ended.state) == [], f"{first!r}, then {second!r}, while row {row} was held"
 
 
 def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second: str) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second:
     both: tuple[Turns, ...] = ((one, two), (two, one))
     alone: tuple[Turns, ...] = ((two,),)
     for order in (*both, *alone):
-        assert violations(pair.one_after_the_other(world, target, order)[0]) == [], order
+        assert violations(pair.one_after_the_other(world, target, order).state) == [], order
     names = pair.statements(world, target, first)
     for at in range(1, len(names) + 1):
         for commits in (True, False) if at == len(names) else (True,):
@@ -76,7 +76,9 @@ def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second:
             where = f"{first!r} was held {point}, {second!r} met it (row {target})"
             where += "" if commits else "; it was rolled back"
             ended = pair.meet(world, target, first, second, at, commits)
-            assert violations(ended[0]) == [], where
+            assert violations(ended.state) == [], where
+            if ended.waited:
+                assert second not in PASS_BY or (first, second) in MAY_WAIT, f"{where} and waited for it"
             orders = both if commits else alone
             serials = [pair.one_after_the_other(world, target, order) for order in orders]
             if any(same(ended, serial) for serial in serials):
@@ -90,14 +92,14 @@ def _meet_everywhere(pair: Pair, world: Traits, target: int, first: str, second:
 
 
 def same(one: Ended, other: Ended) -> bool:
-    return one[0].shape() == other[0].shape() and one[1:] == other[1:]
+    return one.state.shape() == other.state.shape() and one.answers == other.answers
 
 
 def differences(ended: Ended, serials: list[Ended]) -> str:
     lines = []
     for serial in serials:
-        lines.append(f"answers {ended[1:]} instead of {serial[1:]}")
-        mine, theirs = ended[0].shape(), serial[0].shape()
+        lines.append(f"answers {ended.answers} instead of {serial.answers}")
+        mine, theirs = ended.state.shape(), serial.state.shape()
         for name in mine:
             lines += [f"  {name} has {row}" for row in mine[name] if row not in theirs[name]]
             lines += [f"  {name} lacks {row}" for row in theirs[name] if row not in mine[name]]
