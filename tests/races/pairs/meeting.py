@@ -18,7 +18,7 @@ from durable.storage.admission import Admitted
 from tests.fix_rows import Session
 from tests.interleaving import Held
 from tests.races.pairs.operations import OPERATIONS
-from tests.races.pairs.world import NEW, Producer, Scene, Shape, State, Traits, World
+from tests.races.pairs.world import NEW, SCHEMA, Producer, Scene, Shape, State, Traits, World
 
 Turns = tuple[tuple[str, int], ...]
 """Operations and the sides that they are on, one after the other."""
@@ -41,10 +41,10 @@ class Refused(str):
 class Pair:
     """Sessions for two operations, each as a worker's and as a producer's; and one that makes and watches the world."""
 
-    def __init__(self, dsn: str, schema: str) -> None:
-        self.world = World(dsn, schema)
-        self._sessions = [{True: Session(dsn, schema), False: Producer(dsn, schema)} for _ in range(2)]
-        self._blocker = Producer(dsn, schema)
+    def __init__(self, dsn: str) -> None:
+        self.world = World(dsn)
+        self._sessions = [{True: Session(dsn, SCHEMA), False: Producer(dsn)} for _ in range(2)]
+        self._blocker = Producer(dsn)
         self._threads = ThreadPoolExecutor(2)
         self._alone: dict[tuple[Any, ...], Ended] = {}
         self._statements: dict[tuple[Any, ...], Sequence[str]] = {}
@@ -161,7 +161,7 @@ def answered(action: Callable[[], Any]) -> Any:
     """Return an answer in plain values, or which refusal it was. A deadlock is none."""
     try:
         return plain(action())
-    except (DuplicateError, errors.UniqueViolation) as error:
+    except (DuplicateError, errors.UniqueViolation, errors.UndefinedTable) as error:  # the last: a day that is gone
         return Refused(type(error).__name__)
 
 

@@ -11,6 +11,7 @@ from durable.instance import NewSignal
 from durable.limits import ConcurrencyLimit
 from durable.storage import ageing, claims, control, inspection, instances, lanes, limits, maintenance, signals, workers
 from durable.storage.admission import Demand, claim_limited
+from durable.storage.arrays import Int8Array
 from durable.storage.claims import Commit
 from durable.storage.session import Operation
 from tests.fix_rows import HEAD, new
@@ -21,6 +22,8 @@ from tests.races.pairs.world import (
     EXECUTING,
     FAILED,
     KEPT,
+    OLD_CHILD,
+    OLD_DAY,
     OWNER,
     PARENT,
     PARKED,
@@ -110,6 +113,15 @@ def cancel(**options: bool) -> Callable[[Scene], Operation[Any]]:
     return lambda scene: instances.cancel(scene.target, "enough", **options)
 
 
+def drop(scene: Scene) -> Operation[Any]:
+    """Of an old day, as `partitions.drop_before` does it; what that gives up waiting for, this waits for."""
+    yield "drop_partition", {"day": OLD_DAY}
+
+
+def thinning(scene: Scene) -> Operation[Any]:
+    yield "thin_partition", {"day": OLD_DAY, "wanted": Int8Array([OLD_CHILD])}
+
+
 def limited_claim(scene: Scene) -> Operation[Any]:
     return claim_limited(Demand(scene.worker, "default", 10, 1, True))
 
@@ -148,6 +160,8 @@ OPERATIONS: dict[str, Op] = {
     "sweep of kept rows": Op(lambda scene: maintenance.sweep_kept(60.0), KEPT),
     "sweep of signals": Op(lambda scene: maintenance.sweep_signals(), EXECUTING),
     "sweep of workers": Op(lambda scene: maintenance.sweep_workers()),
+    "drop of an old day": Op(drop, PARENT, frozenset({"old"})),
+    "thinning of an old day": Op(thinning, PARENT, frozenset({"old"})),
     "purge": Op(lambda scene: inspection.purge("default"), RUNNABLE, pinned=False),
     "pause": Op(lambda scene: control.pause("default", "why"), RUNNABLE, pinned=False),
     "resume": Op(lambda scene: control.resume("default"), RUNNABLE, frozenset({"paused"}), pinned=False),

@@ -28,7 +28,7 @@ TARGETS = (EXECUTING, PARKED)
 
 @pytest.fixture(scope="module")
 def pair(database: str) -> Iterator[Pair]:
-    pair = Pair(database, "t_pairs")
+    pair = Pair(database)
     yield pair
     pair.close()
 

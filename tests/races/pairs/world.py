@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,9 @@ from durable.storage import migrations, partitions
 from durable.storage.session import connect, execute
 from tests.fix_rows import Session
 
-PARENT, EXECUTING, RUNNABLE, DUE, PARKED, SUSPECT, SECOND, FAILED, KEPT, HEIR = range(1, 11)
+PARENT, EXECUTING, RUNNABLE, DUE, PARKED, SUSPECT, SECOND, FAILED, KEPT, HEIR, OLD_CHILD, OLD = range(1, 13)
+OLD_DAY = date(2025, 1, 1)
+SCHEMA = "t_pairs"
 CANDIDATE, WAITING, RATED, RATED_WAITING = range(20, 24)
 OWNER, DEAD = 1, 4
 CLAIMERS = (2, 3)
@@ -40,6 +42,7 @@ asked         EXECUTING was asked to end
 kept          EXECUTING reserves its key beyond its end
 rated         as gated, but nobody who waits for tokens is a candidate: the clock has to open their lane
 paused        the queue is
+old           the history has a day past retention: a finished child of PARENT, and one of nobody
 expired       OWNER's lease has run out
 dead          OWNER is
 """
@@ -210,18 +213,18 @@ def _nameless(row: Row, drawn: Mapping[str, Sequence[int]]) -> Row:
 class Producer(Session):
     """A session without the hot statements' settings, as those of producers and administrators are."""
 
-    def __init__(self, dsn: str, schema: str) -> None:
-        self.sql = Statements(schema)
+    def __init__(self, dsn: str) -> None:
+        self.sql = Statements(SCHEMA)
         self.connection = connect(dsn, "test")
 
 
 class World(Session):
     """The session that makes the world and reads it."""
 
-    def __init__(self, dsn: str, schema: str) -> None:
-        self.sql = Statements(schema)
+    def __init__(self, dsn: str) -> None:
+        self.sql = Statements(SCHEMA)
         self.connection = connect(dsn, "test")
-        migrations.migrate(self.connection, schema)
+        migrations.migrate(self.connection, SCHEMA)
         self.connection.execute(self.sql.render(_LOG).encode())
         tomorrow = datetime.now(UTC).date() + timedelta(days=1)
         for day in partitions.days(self.connection, self.sql):
@@ -239,6 +242,8 @@ class World(Session):
             self.connection.execute(
                 self.sql.render("VACUUM " + ", ".join(f"{{schema}}.{name}" for name in _TABLES)).encode()
             )
+        if "old" in traits and OLD_DAY not in partitions.days(self.connection, self.sql):
+            execute(self.connection, self.sql, "make_partition", {"day": OLD_DAY})
         name = "make_" + "_".join(sorted(traits))
         if name not in self._makers:
             self._makers.add(name)
@@ -259,7 +264,7 @@ def _maker(name: str, traits: Traits) -> str:
     """A function, whose plans are made once."""
     tables = {
         "instances": _instances(traits),
-        "history": [_failed()],
+        "history": [_failed(), *(_old() if "old" in traits else ())],
         "signals": [
             {**_SIGNAL, "id": 1, "target_id": EXECUTING, "name": "go", "dedup_key": "once"},
             {**_SIGNAL, "id": 2, "target_id": EXECUTING, "name": "go"},
@@ -305,6 +310,11 @@ def _failed() -> Row:
         "finished_at": datetime.now(UTC).isoformat(),
         "correlation_key": f"k{FAILED}",
     }
+
+
+def _old() -> list[Row]:
+    over = {**_INSTANCE, "status": "done", "token": 1, "version": 1, "finished_at": f"{OLD_DAY}T12:00:00+00:00"}
+    return [{**over, "id": OLD_CHILD}, {**over, "id": OLD, **_ORPHAN}]
 
 
 @cache
