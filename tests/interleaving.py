@@ -43,6 +43,14 @@ class Held:
         assert name is None or self._pending is not None, f"there was no statement {name}"
         return self
 
+    def step(self) -> str | None:
+        """Run the next statement and return its name; None when all have been run."""
+        if self._pending is None:
+            return None
+        name, parameters = self._pending
+        self._advance(execute(self.session.connection, self.session.sql, name, parameters))
+        return name
+
     def commit(self) -> Any:
         """Run the rest, commit, return what the operation returns."""
         self.until(None)

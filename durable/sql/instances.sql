@@ -271,12 +271,24 @@ WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
 ORDER BY id DESC
 LIMIT %(limit)s;
 
+-- name: lock_purgeable
+-- Lock the waiting instances that never started, and the parents they report to, in one order, as a flush and a cascade
+-- do. An array, since a row that was waited for would be looked up in a joined set again, and not found there.
+-- Params: queue text|null (all). Rows: id. Locks: instances FOR NO KEY UPDATE, in id order.
+WITH waiting AS MATERIALIZED (
+    SELECT id, parent_id FROM {schema}.instances
+    WHERE status IN ('runnable', 'scheduled') AND version = 0
+      AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+)
+SELECT id FROM {schema}.instances
+WHERE id = ANY (ARRAY(SELECT id FROM waiting UNION ALL SELECT parent_id FROM waiting))
+ORDER BY id FOR NO KEY UPDATE;
+
 -- name: purge
--- Delete waiting instances that never started. Params: queue text|null (all).
+-- Delete those of these locked rows that never started; parents among them did. Params: ids bigint[].
 -- Rows: id, parent_id, inbox, concurrency_key, rate_limit.
 DELETE FROM {schema}.instances
-WHERE status IN ('runnable', 'scheduled') AND version = 0
-  AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+WHERE id = ANY (%(ids)s::bigint[]) AND status IN ('runnable', 'scheduled') AND version = 0
 RETURNING id, CASE WHEN parent_round IS NOT NULL THEN parent_id END, inbox, concurrency_key, rate_limit;
 
 -- name: purgeable

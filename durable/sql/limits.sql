@@ -165,9 +165,16 @@ ON CONFLICT (key, shard)
 DO UPDATE SET wanted = excluded.wanted, capacity = excluded.capacity, used = excluded.used;
 
 -- name: write_buckets
--- Store locked shards, and new ones. Params: buckets text[], shards int[], full_ats, opens_ats timestamptz[].
+-- Store locked shards, and new ones. A lane that seems empty since all its rows are held gets a time to open all the
+-- same: they may stay parked. Params: buckets text[], shards int[], full_ats, opens_ats timestamptz[].
 INSERT INTO {schema}.buckets AS b (bucket, shard, full_at, opens_at)
-SELECT * FROM unnest(%(buckets)s::text[], %(shards)s::int[], %(full_ats)s::timestamptz[], %(opens_ats)s::timestamptz[])
+SELECT w.bucket, w.shard, w.full_at,
+       CASE WHEN w.opens_at IS NULL AND w.shard = 0
+             AND EXISTS (SELECT FROM {schema}.instances AS i
+                         WHERE i.status = 'runnable' AND i.lane = 'rate ' || w.bucket COLLATE "C")
+            THEN clock_timestamp() + interval '1 s' ELSE w.opens_at END
+FROM unnest(%(buckets)s::text[], %(shards)s::int[], %(full_ats)s::timestamptz[], %(opens_ats)s::timestamptz[])
+     AS w (bucket, shard, full_at, opens_at)
 ON CONFLICT (bucket, shard) DO UPDATE SET full_at = excluded.full_at, opens_at = excluded.opens_at;
 
 -- name: close_buckets
@@ -226,20 +233,23 @@ WHERE i.id = l.id;
 
 -- name: open_due_lanes
 -- For whoever keeps the clock where no worker does: one candidate for each token lane that is due for 20 ms, and again
--- a second later unless its claim says otherwise; never again for a lane that is empty.
+-- a second later unless its claim says otherwise; never again for a lane that is empty. One whose rows are all held is not.
 -- Params: limit bigint. Rows: queue, count. Locks: buckets FOR UPDATE SKIP LOCKED, instances likewise.
 WITH due AS MATERIALIZED (
     SELECT b.bucket, b.shard FROM {schema}.buckets AS b
     WHERE b.opens_at IS NOT NULL AND b.opens_at <= (SELECT clock_timestamp() - interval '20 ms')
     ORDER BY b.opens_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), head AS MATERIALIZED (
-    SELECT due.bucket, due.shard, h.id FROM due LEFT JOIN LATERAL (
+    SELECT due.bucket, due.shard, h.id,
+           EXISTS (SELECT FROM {schema}.instances AS i
+                   WHERE i.status = 'runnable' AND i.lane = 'rate ' || due.bucket COLLATE "C") AS parked
+    FROM due LEFT JOIN LATERAL (
         SELECT i.id FROM {schema}.instances AS i
         WHERE i.status = 'runnable' AND i.lane = 'rate ' || due.bucket COLLATE "C"
         ORDER BY i.priority, i.eligible_at, i.id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS h ON true
 ), later AS (
     UPDATE {schema}.buckets AS b
-    SET opens_at = CASE WHEN head.id IS NOT NULL THEN clock_timestamp() + interval '1 s' END
+    SET opens_at = CASE WHEN head.parked THEN clock_timestamp() + interval '1 s' END
     FROM head WHERE b.bucket = head.bucket AND b.shard = head.shard
 ), opened AS (
     UPDATE {schema}.instances AS i SET lane = NULL FROM head WHERE i.id = head.id RETURNING i.queue
