@@ -17,6 +17,12 @@ ROOM = CONNECTIONS - RESERVED
 FULL = ("too many clients", "remaining connection slots are reserved")
 
 
+def connected(server: OwnServer) -> set[int]:
+    """The pids of worker processes, and of commands for their agents, that have a session: it is named for them."""
+    sessions = "SELECT substring(application_name FROM '[0-9]+')::int FROM pg_stat_activity"
+    return {row[0] for row in server.run(f"{sessions} WHERE application_name ~ '^durable around (worker|agent)'")}
+
+
 @contextmanager
 def full(server: OwnServer) -> Iterator[None]:
     """Take every connection that an ordinary role may have, away from those who have one too."""
@@ -44,6 +50,7 @@ def test_a_full_server_is_waited_for_by_workers_old_and_new_and_producers_are_to
     producing = load(server.dsn, server.admin)
     worker = durable_worker("worker", "-c", "2", **producing.environment)
     before = worker.started(count=3)
+    old = {worker.pid, *worker.children("durable:default")}
     producing.start()
     producing.finished(20)
 
@@ -53,13 +60,14 @@ def test_a_full_server_is_waited_for_by_workers_old_and_new_and_producers_are_to
         wait_until(lambda: "waiting for it" in newcomer.output(), what="a newcomer that waits")
         wait_until(lambda: producing.said("raise max_connections") >= 2, what="producers that are refused")
         wait_until(lambda: server.said(*FULL) >= refused + 10, what="ten refusals")
+        assert connected(server).isdisjoint(old)
         assert newcomer.process.poll() is None
         assert newcomer.children("durable:default") == []
 
     newcomer.started("durable:default")
+    wait_until(lambda: connected(server) >= old, what="the return of the old ones")
     producing.progress()
     producing.finished()
     assert worker.children() == before
     producing.settle()
-    assert "the database is back" in worker.output()
     assert (worker.stop(), newcomer.stop()) == (0, 0)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,17 @@ class Host:
 
     def __init__(self, name: str, number: int) -> None:
         slot = os.getpid() % 4096 * 16 + number * 4  # addresses that are set aside for measurements
-        ours, theirs = (f"198.{18 + (slot >> 16)}.{slot >> 8 & 255}.{(slot & 255) + n}" for n in (1, 2))
-        self.name, self.address = name, ours
+        self.address, self._theirs = (f"198.18.{slot >> 8}.{(slot & 255) + n}" for n in (1, 2))
+        self.name = name
         self._space, self._link = f"durable-{os.getpid()}-{name}", f"dur{os.getpid()}{name}"
         ip("netns", "add", self._space)
+
+    def connect(self) -> None:
+        """Make the link."""
         ip("link", "add", self._link, "type", "veth", "peer", "name", "up0", "netns", self._space)
-        ip("addr", "add", f"{ours}/30", "dev", self._link)
+        ip("addr", "add", f"{self.address}/30", "dev", self._link)
         ip("link", "set", self._link, "up")
-        ip("-n", self._space, "addr", "add", f"{theirs}/30", "dev", "up0")
+        ip("-n", self._space, "addr", "add", f"{self._theirs}/30", "dev", "up0")
         ip("-n", self._space, "link", "set", "up0", "up")
         ip("-n", self._space, "link", "set", "lo", "up")
 
@@ -71,17 +75,16 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("network namespaces need root, ip (iproute2) and unshare")
-    made: list[Host] = []
-    try:
-        for number, name in enumerate(("moon", "mars")):
-            made.append(Host(name, number))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-    yield made[0], made[1]
-    for host in made:
-        host.close()
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "hostname"))):
+        pytest.skip("network namespaces need root, ip (iproute2), unshare and hostname")
+    with ExitStack() as stack:
+        try:
+            moon, mars = (stack.enter_context(closing(Host(name, n))) for n, name in enumerate(("moon", "mars")))
+            moon.connect()
+            mars.connect()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        yield moon, mars
 
 
 def read(path: Path) -> str:

@@ -20,14 +20,14 @@ from durable import Durable
 app = Durable("around", dsn={dsn!r}, schema={schema!r})
 
 @app.task(name="who")
-def who(n):
-    time.sleep(0.003)
+def who(n, nap):
+    time.sleep(nap)
     with open("effects", "a") as file: file.write(f"{{n}}\\n")
     return os.getppid()
 """
 
 
-def _never(n: int) -> int:
+def _never(n: int, nap: float) -> int:
     raise AssertionError("runs on workers only")
 
 
@@ -45,7 +45,7 @@ def test_ten_commands_at_once_share_all_jobs_and_the_budget_of_connections_and_e
     live = f"SELECT count(*) FROM {SCHEMA}.instances"
 
     with app.batch():
-        results = [who.delay(n) for n in range(JOBS)]
+        results = [who.delay(n, 0.005) for n in range(JOBS)]
     most = 0
     while server.run(live) != [(0,)]:
         most = max(most, server.run(connections)[0][0])
@@ -57,7 +57,7 @@ def test_ten_commands_at_once_share_all_jobs_and_the_budget_of_connections_and_e
     assert 2 * COMMANDS <= most <= 3 * COMMANDS
 
     with app.batch():
-        results = [who.delay(n) for n in range(JOBS, 2 * JOBS)]
+        results = [who.delay(n, 0.02) for n in range(JOBS, 2 * JOBS)]
     finished = f"SELECT count(*) > {JOBS + JOBS // 10} FROM {SCHEMA}.history"
     wait_until(lambda: server.run(finished) == [(True,)], what="work in full swing")
     for worker in workers:

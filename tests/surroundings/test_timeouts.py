@@ -107,6 +107,7 @@ def test_statements_that_are_cut_short_are_made_again_and_no_step_fails_for_it(
     producing.finished()
     assert worker.children() == before
     producing.settle()
+    assert [result.get(timeout=5) for result in notes] == [None] * len(notes)
     assert producing.said(f"raise the role's {setting}") >= 3
     assert written(server) == sorted(result.id for result in notes)
     assert f"{setting} is 500 ms" in newcomer.output()
@@ -135,10 +136,10 @@ def test_transactions_that_are_ended_for_idling_lose_nothing_and_are_done_once_t
         )
     nap.unlink()
 
-    assert [result.get(timeout=30) for result in notes] == [None] * len(notes)
     producing.progress()
     assert worker.children() == before
     producing.settle()
+    assert [result.get(timeout=5) for result in notes] == [None] * len(notes)
     assert written(server) == sorted(result.id for result in notes)
     assert f"{setting} is 500 ms" in newcomer.output()
     assert (worker.stop(), newcomer.stop()) == (0, 0)
