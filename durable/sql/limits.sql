@@ -345,11 +345,15 @@ DELETE FROM {schema}.gates AS g USING (
 WHERE g.key = idle.key AND g.shard = idle.shard RETURNING g.key;
 
 -- name: sweep_buckets
--- Forget buckets that have been full for a minute and that nobody waits for. Params: limit bigint. Rows: bucket.
+-- Forget buckets that have been full for a minute in every shard and that nobody waits for. (A shard that is missing
+-- beside others counts as drawn.) Params: limit bigint. Rows: bucket.
 DELETE FROM {schema}.buckets AS b USING (
-    SELECT bucket, shard FROM {schema}.buckets
-    WHERE full_at < clock_timestamp() - interval '1 minute' AND opens_at IS NULL
-    LIMIT %(limit)s FOR UPDATE SKIP LOCKED) AS idle
+    SELECT s.bucket, s.shard FROM {schema}.buckets AS s
+    WHERE s.full_at < clock_timestamp() - interval '1 minute' AND s.opens_at IS NULL
+      AND NOT EXISTS (SELECT FROM {schema}.buckets AS o
+                      WHERE o.bucket = s.bucket
+                        AND (o.full_at >= clock_timestamp() - interval '1 minute' OR o.opens_at IS NOT NULL))
+    LIMIT %(limit)s FOR UPDATE OF s SKIP LOCKED) AS idle
 WHERE b.bucket = idle.bucket AND b.shard = idle.shard RETURNING b.bucket;
 
 -- name: read_limits

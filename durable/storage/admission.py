@@ -144,7 +144,8 @@ def _assess_buckets(
         existing = {row[1] for row in there if row[0] == name}
         # A cold bucket is full; a shard that a change of the limit adds is as far as the others.
         as_of = max([now, *(shard.full_at for shard in bucket.shards.values())])
-        for number in missing(shards, existing):
+        bucket.unstored = missing(shards, existing)
+        for number in bucket.unstored:
             bucket.shards[number] = Tokens(as_of, share(burst, shards, number))
         bucket.firm = len(bucket.shards) == shards
         tally.buckets[name] = bucket
@@ -234,6 +235,8 @@ def _write_buckets(tally: Tally, heads: Sequence[Row]) -> Operation[None]:
         if opens_at is not None:
             wait = (opens_at - bucket.now).total_seconds()
             tally.result.opens_in = wait if tally.result.opens_in is None else min(wait, tally.result.opens_in)
+        if bucket.changed:
+            bucket.changed.update(bucket.unstored)
         changed += [
             (name, number, bucket.shards[number].full_at, opens_at if number == 0 else None)
             for number in sorted(bucket.changed)

@@ -7,7 +7,7 @@ commits holds up only the part it touches. What could not be locked is left out,
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -100,6 +100,7 @@ class Bucket:
     firm      whether every shard could be locked, so that what we say of the time it opens is true
     opens_at  when the first row parked in its lane may go, as it was stored
     blocked   weight of the first row that found too few tokens; whatever comes behind it waits too
+    unstored  shards that are stored with the first that changes: one that is missing beside others counts as drawn
     """
 
     now: datetime
@@ -109,6 +110,7 @@ class Bucket:
     opens_at: datetime | None = None
     blocked: int | None = None
     changed: set[int] = field(default_factory=set)
+    unstored: Collection[int] = ()
     reserved: int = 0
 
     @property

@@ -294,6 +294,27 @@ def test_full_buckets_are_swept_and_are_cold_again(rows: Rows) -> None:
     assert len(claimed(rows, worker)) == 2
 
 
+def test_a_shard_that_nobody_has_drawn_from_is_full(rows: Rows) -> None:
+    rate(rows, burst=4, shards=2)
+    worker = rows.worker()
+    insert(rows)
+    assert len(claimed(rows, worker)) == 1
+    insert(rows, 4)
+    assert len(claimed(rows, worker)) == 3
+
+
+def test_a_shard_is_not_swept_before_the_others(rows: Rows) -> None:
+    """A token of a shard takes two hours here. What is missing beside a shard counts as drawn like that one."""
+    rate(rows, burst=4, shards=2)
+    worker = rows.worker()
+    insert(rows, 3)
+    assert len(claimed(rows, worker)) == 3
+    pass_time(rows, 2 * 3600.0 + 120.0)
+    rows.run(lanes.sweep())
+    insert(rows, 5)
+    assert len(claimed(rows, worker)) == 3
+
+
 def test_rates_keep_to_the_clock_of_the_database(rows: Rows) -> None:
     """Real time: 50 a second, one at once; every claim's moment is noted by the database."""
     rate(rows, allowed=50, period=1.0, burst=1)
