@@ -112,3 +112,15 @@ ORDER BY id LIMIT %(limit)s;
 -- Rows: id, target_id, name, payload_type, payload.
 SELECT id, target_id, name, payload_type, payload FROM {schema}.signals
 WHERE id > %(after)s AND NOT consumed ORDER BY id LIMIT %(limit)s;
+
+-- name: table_holders
+-- The other sessions whose transactions use our tables, the oldest first, three at most. Params: schema text.
+-- Rows: pid, application_name, seconds.
+SELECT a.pid, a.application_name, extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+FROM pg_catalog.pg_stat_activity AS a
+WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.xact_start IS NOT NULL
+  AND EXISTS (SELECT FROM pg_catalog.pg_locks AS l
+              JOIN pg_catalog.pg_class AS c ON c.oid = l.relation
+              JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+              WHERE l.pid = a.pid AND l.granted AND n.nspname = %(schema)s)
+ORDER BY a.xact_start LIMIT 3;

@@ -3,22 +3,35 @@
 `sql/migrations/NNNN_words.sql`, forward only. All that are missing are applied in one transaction under an advisory
 lock; each leaves its number and checksum in `migrations`. A released file never changes. A file's head says
 `-- breaking: yes` when older workers can't run on what it makes.
+
+Whoever waits for a table's lock makes all that comes after wait too. So an attempt gives up soon, and is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from psycopg import errors as pg_errors
 from psycopg import sql
 
 from durable.errors import SchemaError
 from durable.sql import Statements
 from durable.storage import partitions
-from durable.storage.session import Connection
+from durable.storage.session import Connection, run, single
+
+log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = "1s"
+PATIENCE = 60.0
+"""Seconds in which an upgrade must come by its locks."""
+PAUSE = 1.0
+"""Seconds between attempts, for those who waited behind the last one."""
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 
@@ -96,13 +109,33 @@ def _record(migration: Migration) -> str:
     )
 
 
-def migrate(connection: Connection, schema: str) -> list[Migration]:
+def migrate(connection: Connection, schema: str, patience: float = PATIENCE) -> list[Migration]:
     """Bring the schema to this code's version, partitions included; return what was applied.
 
-    Any number of processes may call it at once: one does the work, the others find it done. Raises SchemaError when
-    an applied migration differs from this code's.
+    Any number of processes may call it at once: one does the work, the others find it done. Workers and producers wait
+    for a lock of it for a second at most. Raises SchemaError when an applied migration differs from this code's, and
+    when other sessions have held the tables for `patience` seconds.
     """
     statements = Statements(schema)
+    until, told = time.monotonic() + patience, False
+    while True:
+        try:
+            missing = _migrate(connection, statements)
+            break
+        except pg_errors.LockNotAvailable as error:
+            held = f"schema {schema!r} can't be upgraded while its tables are in use by {_holders(connection, schema)}"
+            if time.monotonic() >= until:
+                raise SchemaError(f"{held}; end their transactions, then run `durable migrate` again") from error
+            if not told:
+                log.warning("%s; trying on for %g s", held, patience)
+                told = True
+        time.sleep(PAUSE)
+    partitions.ensure(connection, statements)
+    return missing
+
+
+def _migrate(connection: Connection, statements: Statements) -> list[Migration]:
+    schema = statements.schema
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s), 10)", (f"durable.{schema}",))
         have = applied(connection, schema)
@@ -110,11 +143,16 @@ def migrate(connection: Connection, schema: str) -> list[Migration]:
         missing = [migration for migration in known() if migration.id not in have]
         if not have:  # an admin's role need not be allowed to create schemas
             connection.execute(statements.render(_HEAD).encode())
+        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
         for migration in missing:
             connection.execute(statements.render(migration.text).encode())
             connection.execute(statements.render(_record(migration)).encode())
-    partitions.ensure(connection, statements)
     return missing
+
+
+def _holders(connection: Connection, schema: str) -> str:
+    rows = run(connection, Statements(schema), single("table_holders", {"schema": schema}))
+    return ", ".join(f"session {pid} ({name or 'no name'}, in a transaction for {age:.0f} s)" for pid, name, age in rows)
 
 
 def _refuse_other_texts(have: dict[int, tuple[str, bool]], schema: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 from psycopg import sql
 
 from durable import Durable
+from durable.errors import SchemaError
 from durable.sql import Statements
 from durable.storage import migrations
 from tests import fix_db
@@ -215,6 +216,13 @@ def test_a_worker_goes_on_and_another_starts_on_a_newer_schema_that_breaks_nothi
     assert f"is newer than this code (9999 > {NEWEST}), harmlessly" in started.output()
 
 
+def waiting_for(connection: Connection, holder: Connection) -> int:
+    """Wait until a session waits for a lock of another; return its pid."""
+    query = "SELECT pid FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
+    found = wait_until(lambda: connection.execute(query, [holder.info.backend_pid]).fetchone(), what="the migration")
+    return int(found[0])  # type: ignore[index]
+
+
 def test_rivals_upgrade_an_older_schema_once(old: Callable[[int], Old], database: str, schema: str) -> None:
     made = old(1)
     start = threading.Barrier(4)
@@ -238,19 +246,47 @@ def test_a_migrate_that_is_killed_half_way_leaves_the_older_schema_whole(
     with psycopg.connect(database) as reader:
         reader.execute(f"SELECT count(*) FROM {schema}.history")  # which migration 3 waits for, half done
         killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        waiting = wait_until(
-            lambda: connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))",
-                [reader.info.backend_pid],
-            ).fetchone(),
-            what="the migration to wait",
-        )
+        pid = waiting_for(connection, reader)
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait(10)
-    pid = waiting[0]  # type: ignore[index]
     gone = "SELECT FROM pg_stat_activity WHERE pid = %s"
     wait_until(lambda: connection.execute(gone, [pid]).rowcount == 0, what="the end of its server process")
     assert made.applied() == {1, 2}
     assert made.live() == sorted(made.ends)
     assert len(migrations.migrate(connection, schema)) == NEWEST - 2
+    assert made.live() == sorted(made.ends)
+
+
+def test_whoever_waits_behind_an_upgrade_that_waits_gets_through_and_then_the_upgrade_does(
+    old: Callable[[int], Old], database: str, schema: str, connection: Connection
+) -> None:
+    made = old(2)
+    connection.execute("SET statement_timeout = '30s'")
+    with (
+        ThreadPoolExecutor(1) as pool,
+        psycopg.connect(database) as reader,
+        psycopg.connect(database, autocommit=True) as upgrading,
+    ):
+        reader.execute(f"SELECT count(*) FROM {schema}.history")
+        upgrade = pool.submit(migrations.migrate, upgrading, schema)
+        assert waiting_for(connection, reader) == upgrading.info.backend_pid
+        connection.execute(f"SELECT count(*) FROM {schema}.history")
+        assert not upgrade.done()
+        reader.rollback()
+        assert len(upgrade.result(30)) == NEWEST - 2
+    assert made.live() == sorted(made.ends)
+
+
+def test_an_upgrade_that_does_not_come_by_its_locks_names_who_has_them(
+    old: Callable[[int], Old], database: str, schema: str
+) -> None:
+    made = old(2)
+    with (
+        psycopg.connect(database, application_name="a report") as reader,
+        psycopg.connect(database, autocommit=True) as upgrading,
+    ):
+        reader.execute(f"SELECT count(*) FROM {schema}.history")
+        with pytest.raises(SchemaError, match=rf"in use by session {reader.info.backend_pid} \(a report, .*end their"):
+            migrations.migrate(upgrading, schema, patience=0)
+    assert made.applied() == {1, 2}
     assert made.live() == sorted(made.ends)
