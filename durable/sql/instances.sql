@@ -63,6 +63,20 @@ WITH inserted AS (
 )
 SELECT array_agg(id ORDER BY id) FROM inserted;
 
+-- name: new_ids
+-- Ids for a batch that is copied in, and the time. Params: count int.
+-- Rows: one: ids, rising; clock_timestamp() in microseconds since 2000.
+SELECT (SELECT array_agg(nextval('{schema}.instance_ids')) FROM generate_series(1, %(count)s::int)),
+       ((extract(epoch FROM clock_timestamp()) - 946684800) * 1000000)::bigint;
+
+-- name: copy_instances
+-- Copy a batch without correlation keys in; the rows are those of storage.copying. A default that is a clock makes COPY
+-- write row by row, but an explicit created_at would need a right that producers have not been granted.
+COPY {schema}.instances
+    (id, state, eligible_at, status, expires_at, queue, priority, machine, machine_version, step, state_type,
+     max_attempts, parent_id, parent_round, concurrency_key, rate_limit, weight, lane, trace)
+FROM STDIN (FORMAT binary);
+
 -- name: insert_many_keyed
 -- Insert a batch with correlation keys in the order given, which is key order, so that two batches with the same new
 -- keys cannot deadlock; duplicates are dropped. (Keys are not sorted here: a database's collation may differ from the order across statements.)

@@ -17,6 +17,7 @@ from psycopg import adapt, pq
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _NULL = b"\xff\xff\xff\xff"
 _length = struct.Struct(">i").pack
+_moment = struct.Struct(">iq").pack
 
 
 class Array:
@@ -86,12 +87,13 @@ class TimestampArray(Array):
     __slots__ = ()
 
     def elements(self) -> bytes:
-        return b"".join([_NULL if value is None else _length(8) + _microseconds(value) for value in self.values])
+        return b"".join([_NULL if value is None else _moment(8, microseconds(value)) for value in self.values])
 
 
-def _microseconds(value: datetime) -> bytes:
+def microseconds(value: datetime) -> int:
+    """Return an aware datetime as Postgres counts, from 2000."""
     since = value - _EPOCH
-    return struct.pack(">q", (since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds)
+    return (since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 class ByteaArray(Array):

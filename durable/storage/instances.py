@@ -20,11 +20,14 @@ from durable.storage.arrays import (
     TextArray,
     TimestampArray,
 )
+from durable.storage.copying import instance_rows
 from durable.storage.lanes import open_lanes
 from durable.storage.session import Operation, Row
 
 INSERT_CHUNK = 5000
 """Rows of one insert statement; larger batches take several in one transaction."""
+COPY_FROM = 200
+"""Rows from which a COPY is worth its two more round trips."""
 
 
 def insert(new: NewInstance) -> Operation[int]:
@@ -62,11 +65,12 @@ def insert(new: NewInstance) -> Operation[int]:
     raise DuplicateError(new.correlation_key, occupants[0][0] if occupants else None)
 
 
-def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
+def insert_many(batch: Sequence[NewInstance], *, copying: bool = False) -> Operation[list[int | None]]:
     """Insert a batch; return an id per row in the given order, None where the key was occupied.
 
-    Beyond INSERT_CHUNK rows, and with and without keys, the caller provides the transaction that makes the statements
-    one. Those with keys go first and in key order, so that two batches with the same new keys cannot deadlock.
+    copying  whether many may go in by COPY: the connection is ours
+    The caller provides the transaction that makes the statements one. Rows with keys go first and in key order, so that
+    two batches with the same new keys cannot deadlock.
     """
     ids: list[int | None] = [None] * len(batch)
     parked, leaders = _park_behind_the_best(batch)
@@ -81,7 +85,12 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
             if instance_id in there:
                 ids[n] = instance_id
     for chunk in _chunks([n for n, key in enumerate(keys) if key is None]):
-        ((made,),) = yield "insert_many", _columns([batch[n] for n in chunk], [parked[n] for n in chunk])
+        rows, lanes = [batch[n] for n in chunk], [parked[n] for n in chunk]
+        if copying and len(chunk) >= COPY_FROM:
+            ((made, now),) = yield "new_ids", {"count": len(chunk)}
+            yield "copy_instances", instance_rows(rows, made, now, lanes)
+        else:
+            ((made,),) = yield "insert_many", _columns(rows, lanes)
         for n, instance_id in zip(chunk, made, strict=True):
             ids[n] = instance_id
     # A candidate whose correlation key was occupied is not there to see to its lane.

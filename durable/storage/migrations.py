@@ -152,7 +152,9 @@ def _migrate(connection: Connection, statements: Statements) -> list[Migration]:
 
 def _holders(connection: Connection, schema: str) -> str:
     rows = run(connection, Statements(schema), single("table_holders", {"schema": schema}))
-    return ", ".join(f"session {pid} ({name or 'no name'}, in a transaction for {age:.0f} s)" for pid, name, age in rows)
+    return ", ".join(
+        f"session {pid} ({name or 'no name'}, in a transaction for {age:.0f} s)" for pid, name, age in rows
+    )
 
 
 def _refuse_other_texts(have: dict[int, tuple[str, bool]], schema: str) -> None:

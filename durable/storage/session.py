@@ -1,8 +1,8 @@
 """Running storage operations on a connection, sync or async, and turning Postgres' errors into ours.
 
-An operation is a generator that yields `(statement name, parameters)` and is sent the rows. It never opens or commits
-a transaction: `run` executes each statement as the connection stands (autocommit, or inside the caller's transaction),
-`run_atomically` puts one around it.
+An operation is a generator that yields `(statement name, parameters)` and is sent the rows; a COPY's parameters are the
+bytes that it copies in. It never opens or commits a transaction: `run` executes each statement as the connection stands
+(autocommit, or inside the caller's transaction), `run_atomically` puts one around it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from durable.storage import arrays
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
-Operation = Generator[tuple[str, Mapping[str, Any]], list[Row], T]
+Parameters = Mapping[str, Any] | bytes
+Operation = Generator[tuple[str, Parameters], list[Row], T]
 Connection = psycopg.Connection[Any]
 AsyncConnection = psycopg.AsyncConnection[Any]
 
@@ -52,9 +53,13 @@ _TIMEOUTS = {
 }
 
 
-def execute(connection: Connection, sql: Statements, name: str, parameters: Mapping[str, Any]) -> list[Row]:
+def execute(connection: Connection, sql: Statements, name: str, parameters: Parameters) -> list[Row]:
     """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    if isinstance(parameters, bytes):
+        with cursor.copy(sql[name]) as copy:
+            copy.write(parameters)
+        return []
     cursor.execute(sql[name], parameters, prepare=connection.prepare_threshold is not None, binary=True)
     return cursor.fetchall() if cursor.rownumber is not None else []
 
@@ -93,6 +98,11 @@ async def arun(connection: AsyncConnection, sql: Statements, operation: Operatio
         while True:
             name, parameters = operation.send(rows)  # type: ignore[arg-type]
             cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
+            if isinstance(parameters, bytes):
+                async with cursor.copy(sql[name]) as copy:
+                    await copy.write(parameters)
+                rows = []
+                continue
             if foreign:
                 arrays.register(cursor.adapters)
             prepare = None if foreign else connection.prepare_threshold is not None

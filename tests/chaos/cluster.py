@@ -20,7 +20,8 @@ import psycopg
 
 from durable import Durable
 from durable.embedded import Server
-from tests.chaos.application import PASSWORD, TASKS_PY, build
+from durable.storage import migrations
+from tests.chaos.application import PASSWORD, SCHEMA, TASKS_PY, build
 from tests.chaos.proxy import Proxy
 from tests.chaos.recorder import publish
 from tests.fix_app import FAST_SETTINGS, Command
@@ -37,6 +38,10 @@ SETTINGS = {
     "shared_buffers": "128MB",
 }
 CHILD, AGENT = "durable:default", "durable:agent"
+MIGRATION = """-- breaking: no
+ALTER TABLE {{schema}}.instances ADD COLUMN release_{n} text;
+ALTER TABLE {{schema}}.history ADD COLUMN release_{n} text;
+"""
 
 
 class SmallDisk:
@@ -132,6 +137,10 @@ class Place:
     def _start(self) -> Command:
         return Command(self._folder, self._arguments, {**self._environment, **self.extra})
 
+    def moves_to(self, release: Path) -> None:
+        """Have its next command run the code of a release."""
+        self._environment["PYTHONPATH"] = f"{release}{os.pathsep}{self._environment['PYTHONPATH']}"
+
     def children(self, title: str = "durable:") -> list[int]:
         """Pids of its living children whose process name begins so; cheap, since faults look often."""
         return family(self.command.pid, title)
@@ -154,6 +163,7 @@ class Fleet:
             made.mkdir()
         self.proxy = Proxy(postgres.dsn)
         self.generation = 1
+        self._releases, self._releasing = 0, threading.Lock()
         self._dsn, self._through = postgres.dsn, psycopg.conninfo.make_conninfo(
             postgres.dsn, host="127.0.0.1", port=self.proxy.port, sslmode="disable", gssencmode="disable"
         )  # fmt: skip
@@ -182,6 +192,29 @@ class Fleet:
         written.rename(self.folder / "tasks.py")
         self.generation += 1
         return self.generation - 1
+
+    def release(self) -> Path:
+        """Make the package's next release: the code as it is, and one more migration, which breaks nothing."""
+        with self._releasing:
+            self._releases += 1
+            made = self.folder / f"release-{self._releases}"
+            for package in ("durable", "durable_cli"):
+                shutil.copytree(ROOT / package, made / package, ignore=shutil.ignore_patterns("__pycache__"))
+            newest = migrations.known()[-1].id
+            for n in range(1, self._releases + 1):
+                file = made / "durable" / "sql" / "migrations" / f"{newest + n:04}_release_{n}.sql"
+                file.write_text(MIGRATION.format(n=n))
+            return made
+
+    def migrate(self, release: Path) -> int:
+        """Run `durable migrate` of a release; return its exit code."""
+        path = f"{release}{os.pathsep}{self._environment(False)['PYTHONPATH']}"
+        with (self.folder / f"migrate-{release.name}.log").open("wb") as output:
+            return subprocess.run(
+                [sys.executable, "-m", "durable_cli", "migrate", "--schema", SCHEMA],
+                cwd=self.folder, env={**os.environ, "DURABLE_DSN": self._dsn, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=120, check=False,
+            ).returncode  # fmt: skip
 
     def kill_producer(self, n: int) -> int:
         """SIGKILL one and start another; return the pid of the dead."""

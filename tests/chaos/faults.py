@@ -247,3 +247,20 @@ class Restart(Fault):
             command.process.send_signal(signal.SIGTERM)
             until(lambda: len(place.ended) > ended, 25, "its end")
             return {"generation": generation, "exit": place.ended[ended][1]}
+
+
+class Upgrade(Fault):
+    """A deploy with a newer schema: `durable migrate`, then one command runs the new release and the others the old."""
+
+    name, weight = "deploy-schema", 1.0
+
+    def make(self, world: World, dice: random.Random) -> Made:
+        with taken(world.fleet.workers, dice) as place:
+            command, ended = place.command, len(place.ended)
+            release = world.fleet.release()
+            if code := world.fleet.migrate(release):
+                raise Missed(f"migrate ended with {code}")
+            place.moves_to(release)
+            command.process.send_signal(signal.SIGTERM)
+            until(lambda: len(place.ended) > ended, 25, "its end")
+            return {"release": release.name, "exit": place.ended[ended][1]}

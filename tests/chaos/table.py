@@ -26,5 +26,6 @@ FAULTS: list[Fault] = [
     surroundings.Cut(),
     surroundings.HalfOpen(),
     surroundings.LoseAnswer(),
+    faults.Upgrade(),
 ]
 """The order is part of what a seed means: new ones come last."""

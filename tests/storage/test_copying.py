@@ -1,0 +1,112 @@
+"""Large batches go in by COPY: the rows are those that an INSERT makes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from durable import Durable
+from durable.instance import NewInstance, Payload
+from durable.storage import instances
+from durable.storage.instances import COPY_FROM
+from durable.storage.session import arun
+from tests.fix_rows import Rows, new
+
+SOON = datetime.now(UTC) + timedelta(hours=2)
+LONG_AGO = datetime(1999, 5, 1, tzinfo=UTC)
+
+KINDS: list[Callable[[], NewInstance]] = [
+    lambda: new(),
+    lambda: new(queue="é.mails", priority=-7, step="ship", machine="shop.Ordé", machine_version=3),
+    lambda: new(state=Payload("msgpack+gzip", bytes(range(256)) * 40)),
+    lambda: new(state=Payload("json", b"")),
+    lambda: new(delay=0.0),
+    lambda: new(delay=90.25, expires_in=1000.5),
+    lambda: new(at=SOON, expires_at=SOON + timedelta(microseconds=1)),
+    lambda: new(at=LONG_AGO, expires_in=0.75),
+    lambda: new(max_attempts=9, parent_id=2**40, parent_round=4, trace="00-0af7651916cd-01"),
+    lambda: new(concurrency_key="tenant:é", rate_limit="mails:x", weight=5),
+    lambda: new(concurrency_key="tenant:2", delay=30.0),
+]
+
+
+def a_batch() -> list[NewInstance]:
+    return [kind() for kind in KINDS] * (COPY_FROM // len(KINDS) + 1)
+
+
+def as_written(rows: Rows, ids: list[int]) -> list[dict[str, Any]]:
+    """Every column; moments as tenths of seconds from the row's making."""
+    found = rows.fetch(
+        "SELECT * FROM {schema}.instances WHERE id = ANY (%s) ORDER BY array_position(%s, id)", [ids, ids]
+    )
+    for row in found:
+        made = row.pop("created_at")
+        del row["id"]
+        for moment in ("eligible_at", "expires_at"):
+            if row[moment] not in (None, SOON, SOON + timedelta(microseconds=1)):
+                row[moment] = round((row[moment] - made).total_seconds(), 1)
+    return found
+
+
+def test_a_copied_row_is_the_one_that_would_have_been_inserted(rows: Rows) -> None:
+    copied = rows.atomically(instances.insert_many(a_batch(), copying=True))
+    inserted = rows.atomically(instances.insert_many(a_batch()))
+    assert as_written(rows, copied) == as_written(rows, inserted)
+    assert copied == sorted(copied)
+
+
+def test_only_large_batches_without_keys_are_copied(rows: Rows) -> None:
+    def statements(batch: list[NewInstance], **options: bool) -> list[str]:
+        names: list[str] = []
+        operation, sent = instances.insert_many(batch, **options), None
+        while True:
+            try:
+                name, parameters = operation.send(sent)
+            except StopIteration:
+                return names
+            names.append(name)
+            sent = rows.run(one(name, parameters))
+
+    def one(name: str, parameters: Any) -> Any:
+        return (yield name, parameters)
+
+    few, many = [new()] * (COPY_FROM - 1), [new()] * COPY_FROM
+    keyed = [new(correlation_key=f"k{n}") for n in range(COPY_FROM)]
+    assert statements(few, copying=True) == ["insert_many"]
+    assert statements(many, copying=True) == ["new_ids", "copy_instances"]
+    assert statements(many) == ["insert_many"]
+    assert statements([*many, *keyed], copying=True) == ["insert_many_keyed", "new_ids", "copy_instances"]
+
+
+def test_a_coroutines_connection_copies_too(rows: Rows) -> None:
+    async def copy() -> list[int | None]:
+        async with await psycopg.AsyncConnection.connect(rows.dsn, autocommit=True) as connection:
+            return await arun(connection, rows.sql, instances.insert_many([new()] * COPY_FROM, copying=True))
+
+    ids = asyncio.run(copy())
+    assert len(set(ids)) == COPY_FROM
+    assert rows.fetch("SELECT count(*) FROM {schema}.instances WHERE id = ANY (%s)", [ids]) == [{"count": COPY_FROM}]
+
+
+def test_nothing_of_a_copied_batch_stays_when_a_row_is_refused(rows: Rows) -> None:
+    wrong = [*[new()] * COPY_FROM, new(max_attempts=0)]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        rows.atomically(instances.insert_many(wrong, copying=True))
+    assert rows.fetch("SELECT FROM {schema}.instances") == []
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_large_batch_on_the_callers_connection_is_inserted_in_its_pipeline(
+    rows: Rows, app: Durable, end: str
+) -> None:
+    task = app.task(name="piped")(lambda: None)
+    with psycopg.connect(rows.dsn) as connection, connection.pipeline():
+        results = app.insert_many([(task, {})] * COPY_FROM, connection=connection)
+        getattr(connection, end)()
+    found = rows.fetch("SELECT FROM {schema}.instances WHERE id = ANY (%s)", [[result.id for result in results]])
+    assert len(found) == (COPY_FROM if end == "commit" else 0)
