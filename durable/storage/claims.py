@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import starmap
 from operator import attrgetter
@@ -360,11 +360,11 @@ def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed
     """Insert the children of committed parents and set the barriers; duplicates of occupied keys are dropped."""
     if not parents:
         return
-    batch = [
-        replace(child, parent_id=parent, parent_round=children_round)
-        for parent, (commit, children_round) in sorted(parents.items())
-        for child in commit.children
-    ]
+    batch: list[NewInstance] = []
+    for parent, (commit, children_round) in sorted(parents.items()):
+        for child in commit.children:
+            child.parent_id, child.parent_round = parent, children_round
+        batch += commit.children
     ids = (yield from insert_many(batch, copying=True)) if batch else []
     there = [child for child, instance_id in zip(batch, ids, strict=True) if instance_id is not None]
     counts = Counter(child.parent_id for child in there)
