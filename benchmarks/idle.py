@@ -16,8 +16,8 @@ PARKED = 10_000
 NOBODY, EMPTY, WAITING = "nobody connected", OURS, f"{OURS}, parked on signals"
 CPU, QUERIES = "CPU of an idle worker command", "transactions of an idle worker command"
 SETTLE = 12.0
-"""Seconds after which a command's start is no longer in what is counted: a session that fell idle adds what it did to the
-server's statistics after ten (PGSTAT_IDLE_INTERVAL)."""
+"""Seconds after which a command's start is no longer in what is counted: a session that fell idle adds what it did to
+the server's statistics after ten (PGSTAT_IDLE_INTERVAL)."""
 
 
 def run(database: Database, seconds: int, processes: int, parked: int, *, nobody: bool = False) -> Mapping[str, float]:

@@ -115,6 +115,8 @@ def _usable(connection: Any, kind: type[Any], others: str) -> None:
         raise ConnectionUsageError("connection= is closed")
     if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
         raise ConnectionUsageError("connection= is in a failed transaction; roll it back first")
+    if connection.info.pipeline_status != psycopg.pq.PipelineStatus.OFF:
+        raise ConnectionUsageError("connection= is in a pipeline, where no id comes back; leave the pipeline first")
     if connection.info.encoding != "utf-8":
         raise ConnectionUsageError(
             f"connection= has client_encoding {connection.info.encoding}; open it with client_encoding='utf8'"

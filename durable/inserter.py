@@ -42,14 +42,14 @@ class Inserter:
     def insert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
         """Insert rows in one transaction; return an id per row, None where the key was occupied."""
         self._before(batch)
-        ids = self._writer.write(self._many(batch, connection), connection, notify) if batch else []
+        ids = self._writer.write(self._many(batch), connection, notify) if batch else []
         self._after(batch, ids)
         return ids
 
     async def ainsert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
         """`insert_many` for coroutines."""
         self._before(batch)
-        ids = await self._writer.awrite(self._many(batch, connection), connection, notify) if batch else []
+        ids = await self._writer.awrite(self._many(batch), connection, notify) if batch else []
         self._after(batch, ids)
         return ids
 
@@ -61,9 +61,9 @@ class Inserter:
             atomic=False,
         )
 
-    def _many(self, batch: Sequence[NewInstance], connection: Any) -> Write[list[int | None]]:
+    def _many(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
         return Write(
-            self._limits.before(batch, instances.insert_many(batch, copying=connection is None)),
+            self._limits.before(batch, instances.insert_many(batch)),
             lambda _: self._wakeups.after_insert(batch),
             lambda _: self._wakeups.in_transaction(batch),
         )

@@ -365,7 +365,7 @@ def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed
         for child in commit.children:
             child.parent_id, child.parent_round = parent, children_round
         batch += commit.children
-    ids = (yield from insert_many(batch, copying=True)) if batch else []
+    ids = (yield from insert_many(batch)) if batch else []
     there = [child for child, instance_id in zip(batch, ids, strict=True) if instance_id is not None]
     counts = Counter(child.parent_id for child in there)
     flushed.ready.update(child.queue for child in there if not child.delay and child.at is None)

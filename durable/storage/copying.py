@@ -1,8 +1,7 @@
 """New instances in COPY's binary format: large batches go in at half of what an INSERT of arrays costs the server.
 
-Ids and the time come from the statement before it, so that a row says what an INSERT would have made of it. A COPY can
-neither drop a row whose key is occupied nor run in a pipeline: only rows without correlation keys go this way, and only
-on connections of ours.
+Ids and the time come from the statement before it, so that a row says what an INSERT would have made of it. A COPY
+can't drop a row whose key is occupied: only rows without correlation keys go this way.
 """
 
 from __future__ import annotations

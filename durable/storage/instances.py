@@ -65,10 +65,9 @@ def insert(new: NewInstance) -> Operation[int]:
     raise DuplicateError(new.correlation_key, occupants[0][0] if occupants else None)
 
 
-def insert_many(batch: Sequence[NewInstance], *, copying: bool = False) -> Operation[list[int | None]]:
+def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     """Insert a batch; return an id per row in the given order, None where the key was occupied.
 
-    copying  whether many may go in by COPY: the connection is ours
     The caller provides the transaction that makes the statements one. Rows with keys go first and in key order, so that
     two batches with the same new keys cannot deadlock.
     """
@@ -86,7 +85,7 @@ def insert_many(batch: Sequence[NewInstance], *, copying: bool = False) -> Opera
                 ids[n] = instance_id
     for chunk in _chunks([n for n, key in enumerate(keys) if key is None]):
         rows, lanes = [batch[n] for n in chunk], [parked[n] for n in chunk]
-        if copying and len(chunk) >= COPY_FROM:
+        if len(chunk) >= COPY_FROM:
             ((made, now),) = yield "new_ids", {"count": len(chunk)}
             yield "copy_instances", instance_rows(rows, made, now, lanes)
         else:

@@ -57,11 +57,15 @@ def execute(connection: Connection, sql: Statements, name: str, parameters: Para
     """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
     if isinstance(parameters, bytes):
-        with cursor.copy(sql[name]) as copy:
-            copy.write(parameters)
-        return []
+        return _copy_in(cursor, sql[name], parameters)
     cursor.execute(sql[name], parameters, prepare=connection.prepare_threshold is not None, binary=True)
     return cursor.fetchall() if cursor.rownumber is not None else []
+
+
+def _copy_in(cursor: psycopg.Cursor[Row], text: str, data: bytes) -> list[Row]:
+    with cursor.copy(text) as copy:
+        copy.write(data)
+    return []
 
 
 def run(connection: Connection, sql: Statements, operation: Operation[T], *, foreign: bool = False) -> T:
@@ -78,6 +82,9 @@ def run(connection: Connection, sql: Statements, operation: Operation[T], *, for
                 rows = execute(connection, sql, name, parameters)
                 continue
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+            if isinstance(parameters, bytes):
+                rows = _copy_in(cursor, sql[name], parameters)
+                continue
             arrays.register(cursor.adapters)
             cursor.execute(sql[name], parameters, binary=True)
             rows = cursor.fetchall() if cursor.rownumber is not None else []

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from durable import Durable
+from durable.errors import ConnectionUsageError
 from durable.instance import NewInstance, Payload
 from durable.storage import instances
 from durable.storage.instances import COPY_FROM
@@ -53,17 +54,18 @@ def as_written(rows: Rows, ids: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_copied_row_is_the_one_that_would_have_been_inserted(rows: Rows) -> None:
-    copied = rows.atomically(instances.insert_many(a_batch(), copying=True))
+def test_a_copied_row_is_the_one_that_would_have_been_inserted(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = rows.atomically(instances.insert_many(a_batch()))
+    monkeypatch.setattr(instances, "COPY_FROM", 10**6)
     inserted = rows.atomically(instances.insert_many(a_batch()))
     assert as_written(rows, copied) == as_written(rows, inserted)
     assert copied == sorted(copied)
 
 
 def test_only_large_batches_without_keys_are_copied(rows: Rows) -> None:
-    def statements(batch: list[NewInstance], **options: bool) -> list[str]:
+    def statements(batch: list[NewInstance]) -> list[str]:
         names: list[str] = []
-        operation, sent = instances.insert_many(batch, **options), None
+        operation, sent = instances.insert_many(batch), None
         while True:
             try:
                 name, parameters = operation.send(sent)
@@ -77,16 +79,15 @@ def test_only_large_batches_without_keys_are_copied(rows: Rows) -> None:
 
     few, many = [new()] * (COPY_FROM - 1), [new()] * COPY_FROM
     keyed = [new(correlation_key=f"k{n}") for n in range(COPY_FROM)]
-    assert statements(few, copying=True) == ["insert_many"]
-    assert statements(many, copying=True) == ["new_ids", "copy_instances"]
-    assert statements(many) == ["insert_many"]
-    assert statements([*many, *keyed], copying=True) == ["insert_many_keyed", "new_ids", "copy_instances"]
+    assert statements(few) == ["insert_many"]
+    assert statements(many) == ["new_ids", "copy_instances"]
+    assert statements([*many, *keyed]) == ["insert_many_keyed", "new_ids", "copy_instances"]
 
 
 def test_a_coroutines_connection_copies_too(rows: Rows) -> None:
     async def copy() -> list[int | None]:
         async with await psycopg.AsyncConnection.connect(rows.dsn, autocommit=True) as connection:
-            return await arun(connection, rows.sql, instances.insert_many([new()] * COPY_FROM, copying=True))
+            return await arun(connection, rows.sql, instances.insert_many([new()] * COPY_FROM))
 
     ids = asyncio.run(copy())
     assert len(set(ids)) == COPY_FROM
@@ -96,17 +97,23 @@ def test_a_coroutines_connection_copies_too(rows: Rows) -> None:
 def test_nothing_of_a_copied_batch_stays_when_a_row_is_refused(rows: Rows) -> None:
     wrong = [*[new()] * COPY_FROM, new(max_attempts=0)]
     with pytest.raises(psycopg.errors.CheckViolation):
-        rows.atomically(instances.insert_many(wrong, copying=True))
+        rows.atomically(instances.insert_many(wrong))
     assert rows.fetch("SELECT FROM {schema}.instances") == []
 
 
-@pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_a_large_batch_on_the_callers_connection_is_inserted_in_its_pipeline(
-    rows: Rows, app: Durable, end: str
-) -> None:
+def test_a_batch_on_the_callers_connection_is_copied_into_its_transaction(rows: Rows, app: Durable) -> None:
+    task = app.task(name="theirs")(lambda: None)
+    with psycopg.connect(rows.dsn) as connection:
+        app.insert_many([(task, {})] * COPY_FROM, connection=connection)
+        connection.rollback()
+        kept = app.insert_many([(task, {})] * COPY_FROM, connection=connection)
+    found = rows.fetch("SELECT id FROM {schema}.instances ORDER BY id")
+    assert [row["id"] for row in found] == [result.id for result in kept]
+
+
+def test_a_pipeline_is_refused(rows: Rows, app: Durable) -> None:
     task = app.task(name="piped")(lambda: None)
-    with psycopg.connect(rows.dsn) as connection, connection.pipeline():
-        results = app.insert_many([(task, {})] * COPY_FROM, connection=connection)
-        getattr(connection, end)()
-    found = rows.fetch("SELECT FROM {schema}.instances WHERE id = ANY (%s)", [[result.id for result in results]])
-    assert len(found) == (COPY_FROM if end == "commit" else 0)
+    refused = pytest.raises(ConnectionUsageError, match="in a pipeline")
+    with psycopg.connect(rows.dsn) as connection, connection.pipeline(), refused:
+        task.apply_async(connection=connection)
+    assert rows.fetch("SELECT FROM {schema}.instances") == []

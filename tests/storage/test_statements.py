@@ -26,6 +26,8 @@ from tests.fix_rows import Rows
 def test_every_statement_prepares(rows: Rows) -> None:
     for name in Statements.names():
         text = rows.sql[name]
+        if name == "copy_instances":  # COPY has no plan
+            continue
         query = PostgresQuery(Transformer(rows.connection))
         query.convert(text, dict.fromkeys(re.findall(r"%\((\w+)\)[sb]", text)))
         rows.connection.execute(b"PREPARE " + name.encode() + b"_ AS " + query.query)
