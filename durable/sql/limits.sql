@@ -229,7 +229,7 @@ UPDATE {schema}.instances AS i
 SET concurrency_key = l.concurrency_key, rate_limit = l.rate_limit, weight = l.weight
 FROM unnest(%(ids)s::bigint[], %(concurrency_keys)s::text[], %(rate_limits)s::text[], %(weights)s::int[])
      AS l (id, concurrency_key, rate_limit, weight)
-WHERE i.id = l.id;
+WHERE i.id = l.id AND i.id = ANY (%(ids)s::bigint[]);
 
 -- name: open_due_lanes
 -- For whoever keeps the clock where no worker does: one candidate for each token lane that is due for 20 ms, and again

@@ -95,7 +95,8 @@ WITH taken AS MATERIALIZED (
            NOT i.terminate_requested AND i.crashes + 1 >= %(max_crashes)s AS lost
     FROM unnest(%(ids)s::bigint[], %(tokens)s::int[], %(errors)s::text[]) AS g (id, token, error)
     JOIN {schema}.instances AS i ON i.id = g.id
-    WHERE (i.worker_id, i.token, i.status)
+    WHERE i.id = ANY (%(ids)s::bigint[])
+      AND (i.worker_id, i.token, i.status)
           IS NOT DISTINCT FROM (%(worker)s::bigint, g.token, 'executing'::{schema}.status)
     FOR NO KEY UPDATE OF i SKIP LOCKED
 )
@@ -112,7 +113,8 @@ RETURNING i.id, i.queue, i.status::text, t.crashed, i.concurrency_key, i.gate_sh
 SELECT i.id, i.token
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
 JOIN {schema}.instances AS i ON i.id = r.id
-WHERE (i.token, i.status, i.terminate_requested) IS NOT DISTINCT FROM (r.token, 'executing'::{schema}.status, true);
+WHERE i.id = ANY (%(ids)s::bigint[])
+  AND (i.token, i.status, i.terminate_requested) IS NOT DISTINCT FROM (r.token, 'executing'::{schema}.status, true);
 
 -- name: predecessors
 -- Live leases of this host and boot, to be compared with the commands that exist.

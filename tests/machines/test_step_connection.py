@@ -412,7 +412,10 @@ def test_a_commit_that_did_not_take_place_before_the_claim_was_lost_is_stale(
 
     def lossy(self: Any) -> None:
         monkeypatch.setattr(step_transaction._Sync, "end", end)
+        pid = self.connection.info.backend_pid
         self.connection.pgconn.finish()
+        # Until the server has noticed, the reaper would pass by the row that this session holds.
+        wait_until(lambda: not view.rows("SELECT FROM pg_stat_activity WHERE pid = %s", pid), what="its end")
         first.die()
         raise psycopg.OperationalError("the answer was lost")
 
