@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from durable.storage.arrays import Int8Array, TextArray
-from durable.storage.session import Operation
+from durable.storage.session import Operation, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +108,8 @@ def now() -> Operation[datetime]:
     """Return the database's clock."""
     rows = yield "now", {}
     return rows[0][0]  # type: ignore[no-any-return]
+
+
+def table_holders(schema: str) -> Operation[list[Row]]:
+    """Return (pid, application_name, seconds) of other sessions in a transaction that uses the schema's tables."""
+    return (yield "table_holders", {"schema": schema})

@@ -22,8 +22,8 @@ from psycopg import sql
 
 from durable.errors import SchemaError
 from durable.sql import Statements
-from durable.storage import partitions
-from durable.storage.session import Connection, run, single
+from durable.storage import maintenance, partitions
+from durable.storage.session import Connection, run
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _migrate(connection: Connection, statements: Statements) -> list[Migration]:
 
 
 def _holders(connection: Connection, schema: str) -> str:
-    rows = run(connection, Statements(schema), single("table_holders", {"schema": schema}))
+    rows = run(connection, Statements(schema), maintenance.table_holders(schema))
     return ", ".join(
         f"session {pid} ({name or 'no name'}, in a transaction for {age:.0f} s)" for pid, name, age in rows
     )

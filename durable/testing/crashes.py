@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from durable.app import Durable
 from durable.errors import DurableError
 from durable.sql import Statements
-from durable.storage import inspection, testing, workers
+from durable.storage import inspection, maintenance, testing, workers
 from durable.storage.session import run, run_atomically
 from durable.testing import journal, schemas, seams
 from durable.testing.commits import CRASHED, Commits
@@ -23,6 +24,8 @@ from durable.testing.picture import draw
 Scenario = Callable[[Durable], Any]
 _MOST_SHOWN = 3
 """Failures that are shown in full."""
+_NOTICED = 10.0
+"""Seconds in which a server notices that a process has died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,10 @@ class _Runs:
         app = self._app
         seams.pin_dsn(app, self._dsn)
         connection = seams.stand_connected(app, "test")
+        # Until the server has noticed the death, rows are locked by transactions that it has yet to undo.
+        until = time.monotonic() + _NOTICED
+        while run(connection, app.sql, maintenance.table_holders(app.schema)) and time.monotonic() < until:
+            time.sleep(0.005)
         dead = [process.id for process in run(connection, app.sql, inspection.processes())]
         run(connection, app.sql, workers.bury(dead))
         for worker in dead:
