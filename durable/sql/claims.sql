@@ -165,7 +165,7 @@ FROM unnest(
     %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
 ) AS o (id, token, version, kind, status, step, state_type, state, attempt, delay, timeout, awaits, shown,
         result_type, result, error)
-WHERE i.id = o.id AND i.id = ANY (%(ids)s::bigint[])
+WHERE i.id = o.id
   AND (i.worker_id, i.token, i.version, i.status)
       IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
 RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox;

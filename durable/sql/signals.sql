@@ -39,7 +39,7 @@ WITH input AS MATERIALIZED (
                            ELSE i.eligible_at END,
         deadline = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN NULL ELSE i.deadline END
     FROM (SELECT target_id, array_agg(name) AS names FROM stored GROUP BY target_id) AS s
-    WHERE i.id = s.target_id AND i.id = ANY (%(targets)s::bigint[])
+    WHERE i.id = s.target_id
     RETURNING i.id, i.queue, i.status = 'runnable' AS woken
 )
 SELECT input.n, input.dedup_key IS NULL OR stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
