@@ -1,4 +1,4 @@
-"""Payloads: Python values to bytes and back, through kombu's serializer and compression registries.
+"""Payloads: Python values to bytes and back, through kombu's serializer and compression registries, JSON by msgspec.
 
 The only importer of kombu. A payload's type is a serializer's name, or `serializer+compression`; the reader's
 `accept_content` decides what may be loaded, never the writer. JSON is checked before it is written, since

@@ -98,7 +98,7 @@ RETURNING i.id, i.concurrency_key, i.gate_shard;
 -- Commit terminal outcomes: each owned row moves to history; a requested cancel makes any of them `cancelled`.
 -- An outcome commits only where worker, token and version are those of the claim and the row is executing.
 -- No join: a plan made while the table was empty, and kept, would compare every row with every outcome. `= ANY` is
--- always looked up in the index, and width_bucket finds a row's place among the ids, which are in order.
+-- always looked up in the index, and width_bucket finds a row's last place among the ids, which are in order.
 -- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses, result_types, results, errors.
 -- Rows:   id of the committed ones; the others are stale.
 WITH gone AS (

@@ -30,7 +30,8 @@ from durable.storage.lanes import Freed, free
 from durable.storage.session import Connection, Operation, run, run_atomically
 
 _IN_PICK_ORDER = attrgetter("priority", "eligible_at", "id")
-_BY_ID = attrgetter("claimed.id")
+_BY_ID = attrgetter("claimed.id", "claimed.token")
+"""`finish` finds the last of those with one id: the newest claim, the only one that may commit."""
 
 
 class Limits(NamedTuple):

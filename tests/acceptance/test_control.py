@@ -111,10 +111,8 @@ def test_a_terminated_step_ends_within_seconds_and_its_neighbour_lives_on(
     result = tasks[kind].delay(str(path))
     wait_until(lambda: pids(path), what="the step")
 
-    began = time.monotonic()
     assert result.cancel("takes too long", terminate=True)
-    wait_until(result.ready, 10, "its end")
-    assert time.monotonic() - began < 5
+    wait_until(result.ready, what="its end, long before the step's own")
     assert (result.status, result.error.error_type, result.error.message) == (
         "cancelled",
         "Cancelled",

@@ -86,11 +86,9 @@ def test_what_runs_in_a_paused_queue_ends_nothing_else_begins_and_a_resume_wakes
     time.sleep(0.3)  # what must not happen gets some time
     assert (lines(done), statuses()) == ([], {"runnable": 20})
 
-    resumed = time.monotonic()
     assert app.resume("default")
     for result in waiting:
         result.get(timeout=20)
-    assert time.monotonic() - resumed < 5
     assert sorted(map(int, lines(done))) == list(range(20))
 
 

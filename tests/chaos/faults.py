@@ -235,6 +235,14 @@ class Reload(Fault):
             return {"generation": generation}
 
 
+def restarted(place: Place) -> int:
+    """SIGTERM a command, for which another is started; return its exit code. Raises Missed when it does not end."""
+    ended = len(place.ended)
+    place.command.process.send_signal(signal.SIGTERM)
+    until(lambda: len(place.ended) > ended, 25, "its end")
+    return place.ended[ended][1]
+
+
 class Restart(Fault):
     """A deploy: the code changes, SIGTERM, another command."""
 
@@ -242,11 +250,7 @@ class Restart(Fault):
 
     def make(self, world: World, dice: random.Random) -> Made:
         with taken(world.fleet.workers, dice) as place:
-            command, ended = place.command, len(place.ended)
-            generation = world.fleet.deploy()
-            command.process.send_signal(signal.SIGTERM)
-            until(lambda: len(place.ended) > ended, 25, "its end")
-            return {"generation": generation, "exit": place.ended[ended][1]}
+            return {"generation": world.fleet.deploy(), "exit": restarted(place)}
 
 
 class Upgrade(Fault):
@@ -256,11 +260,8 @@ class Upgrade(Fault):
 
     def make(self, world: World, dice: random.Random) -> Made:
         with taken(world.fleet.workers, dice) as place:
-            command, ended = place.command, len(place.ended)
             release = world.fleet.release()
             if code := world.fleet.migrate(release):
                 raise Missed(f"migrate ended with {code}")
             place.moves_to(release)
-            command.process.send_signal(signal.SIGTERM)
-            until(lambda: len(place.ended) > ended, 25, "its end")
-            return {"release": release.name, "exit": place.ended[ended][1]}
+            return {"release": release.name, "exit": restarted(place)}

@@ -90,9 +90,7 @@ def test_a_worker_that_claims_nothing_though_slots_are_free_is_stuck(
         ran = durable("call", "tasks.add", "--args", "[1]")
         instance = int(ran.out)
         wait_until(lambda: durable("healthcheck", "--max-age", "100", "--max-wait", "1").code == 1)
-        began = time.monotonic()
         ran = durable("healthcheck", "--max-age", "100", "--max-wait", "1")
-        assert time.monotonic() - began < 5
         assert f"queue default: instance {instance} has waited for" in ran.error
         assert "more than 1 s, while 2 slots were free" in ran.error
         assert durable("healthcheck", "--max-age", "100", "--max-wait", "1000").code == 0

@@ -223,6 +223,20 @@ def test_one_stale_outcome_leaves_its_neighbours_alone(rows: Rows, kind: str) ->
     assert rows.status(claimed[4].id) != "executing"
 
 
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_of_two_outcomes_of_one_row_that_of_the_claim_that_stands_commits(rows: Rows, newest_first: bool) -> None:
+    worker = rows.worker()
+    old, neighbour = rows.claimed(worker, 2)
+    rows.release(worker, old)
+    (new,) = rows.claim(worker, 1)
+    first, second = (new, old) if newest_first else (old, new)
+    outcomes = [done(claimed, result=Payload("json", str(claimed.token).encode())) for claimed in (first, second)]
+    assert rows.flush(worker, *outcomes, done(neighbour)) == {new.id, neighbour.id}
+    row = rows.history(new.id)
+    assert row is not None
+    assert (row["token"], row["result"]) == (new.token, str(new.token).encode())
+
+
 def test_a_flush_of_every_kind_at_once_commits_each(rows: Rows) -> None:
     worker = rows.worker()
     claimed = rows.claimed(worker, len(KINDS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, date, datetime, timedelta
 
 import psycopg
@@ -175,9 +174,7 @@ def test_thinning_a_partition_never_waits_for_a_reader(rows: Rows, old: date) ->
     reader = rows.other()
     with reader.connection.transaction():
         reader.fetch("SELECT count(*) FROM {schema}.history")
-        began = time.monotonic()
-        assert collect(rows) == []
-        assert time.monotonic() - began < 2
+        assert collect(rows) == []  # one that waits, waits for this very block
         assert there(rows) == [*kept, *others]
     collect(rows)
     assert there(rows) == kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -244,10 +243,9 @@ def test_partition_ddl_never_waits_for_an_open_reader(rows: Rows) -> None:
     reader = rows.other()
     with reader.connection.transaction():
         reader.fetch("SELECT count(*) FROM {schema}.history")
-        began = time.monotonic()
+        # Whoever waits here, waits for this very block.
         assert partitions.drop_before(rows.connection, rows.sql, 86400.0) == []
         assert partitions.ensure(rows.connection, rows.sql) == 1, "attaching takes no lock that a reader holds"
-        assert time.monotonic() - began < 5
     assert partitions.drop_before(rows.connection, rows.sql, 86400.0) == [table(day)]
 
 

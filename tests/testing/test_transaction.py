@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -214,10 +213,8 @@ def test_after_it_the_app_is_as_it_was(app: Durable, view: View) -> None:
         failing()
     result = note.delay()
     assert view.count("instances") == 1
-    started = time.monotonic()
     with pytest.raises(ResultTimeout, match=r"0\.05"):
         result.get(timeout=0.05)
-    assert time.monotonic() - started < 5
     drain(app)
     result.get(timeout=5)
 
