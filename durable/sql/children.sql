@@ -20,7 +20,7 @@ SET children_pending = c.count,
     status = CASE WHEN c.count = 0 THEN 'runnable' ELSE 'awaiting_children' END::{schema}.status,
     eligible_at = clock_timestamp()
 FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
-WHERE i.id = c.id AND i.id = ANY (%(ids)s::bigint[]) AND i.status = 'awaiting_children'
+WHERE i.id = ANY (ARRAY[c.id]) AND i.status = 'awaiting_children'
 RETURNING i.id, i.queue, i.status::text;
 
 -- name: join_children
@@ -32,7 +32,7 @@ SET children_pending = greatest(i.children_pending - c.count, 0),
     status = CASE WHEN i.children_pending <= c.count THEN 'runnable' ELSE i.status END::{schema}.status,
     eligible_at = CASE WHEN i.children_pending <= c.count THEN clock_timestamp() ELSE i.eligible_at END
 FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
-WHERE i.id = c.id AND i.id = ANY (%(ids)s::bigint[]) AND i.status = 'awaiting_children'
+WHERE i.id = ANY (ARRAY[c.id]) AND i.status = 'awaiting_children'
 RETURNING i.id, i.queue, i.status::text;
 
 -- name: ended_families

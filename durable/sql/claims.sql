@@ -4,6 +4,10 @@
 -- The fence is written as one row comparison with IS NOT DISTINCT FROM, which no index serves: with plain equalities
 -- the planner takes instances_claimed and compares every executing row of the worker with every outcome (80 us a row
 -- instead of 15).
+--
+-- A row is joined with its entry of an array by `i.id = ANY (ARRAY[o.id])`, here and in the other files. That can only
+-- be looked up in the index, entry by entry and in the array's order; for `i.id = o.id` a plan made beside an empty table,
+-- and kept, walks the whole primary key and compares every row with every entry (decision 46).
 
 -- name: claim
 -- Flip at most `limit` runnable, unlimited rows of one queue to executing, best first, from a position in the
@@ -80,7 +84,7 @@ SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE 'runnable' END::
     finished_at = CASE WHEN i.cancel_requested THEN clock_timestamp() END,
     worker_id = NULL, reason = %(reason)s
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
-WHERE i.id = r.id AND i.id = ANY (%(ids)s::bigint[])
+WHERE i.id = ANY (ARRAY[r.id])
   AND (i.worker_id, i.token, i.status) IS NOT DISTINCT FROM (%(worker)s::bigint, r.token, 'executing'::{schema}.status)
 RETURNING i.id, i.queue, i.status::text, i.concurrency_key, i.gate_shard;
 
@@ -90,28 +94,25 @@ RETURNING i.id, i.queue, i.status::text, i.concurrency_key, i.gate_shard;
 UPDATE {schema}.instances AS i
 SET status = 'cancelled', finished_at = clock_timestamp(), worker_id = NULL, error = %(error)s
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
-WHERE i.id = r.id AND i.id = ANY (%(ids)s::bigint[])
+WHERE i.id = ANY (ARRAY[r.id])
   AND (i.worker_id, i.token, i.status) IS NOT DISTINCT FROM (%(worker)s::bigint, r.token, 'executing'::{schema}.status)
 RETURNING i.id, i.concurrency_key, i.gate_shard;
 
 -- name: finish
 -- Commit terminal outcomes: each owned row moves to history; a requested cancel makes any of them `cancelled`.
 -- An outcome commits only where worker, token and version are those of the claim and the row is executing.
--- No join: a plan made while the table was empty, and kept, would compare every row with every outcome. `= ANY` is
--- always looked up in the index, and width_bucket finds a row's last place among the ids, which are in order.
 -- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses, result_types, results, errors.
 -- Rows:   id of the committed ones; the others are stale.
 WITH gone AS (
     DELETE FROM {schema}.instances AS i
-    WHERE i.id = ANY (%(ids)s::bigint[])
-      AND (i.worker_id, i.token, i.version, i.status) IS NOT DISTINCT FROM (
-              %(worker)s::bigint, (%(tokens)s::int[])[width_bucket(i.id, %(ids)s::bigint[])],
-              (%(versions)s::int[])[width_bucket(i.id, %(ids)s::bigint[])], 'executing'::{schema}.status)
-    RETURNING i.*, width_bucket(i.id, %(ids)s::bigint[]) AS n
-), ended AS (
-    SELECT gone.*, (%(statuses)s::text[])[n] AS o_status, (%(result_types)s::text[])[n] AS o_type,
-           (%(results)s::bytea[])[n] AS o_result, (%(errors)s::text[])[n] AS o_error
-    FROM gone
+    USING unnest(
+        %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(statuses)s::text[],
+        %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
+    ) AS o (id, token, version, status, result_type, result, error)
+    WHERE i.id = ANY (ARRAY[o.id])
+      AND (i.worker_id, i.token, i.version, i.status)
+          IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
+    RETURNING i.*, o.status AS o_status, o.result_type AS o_type, o.result AS o_result, o.error AS o_error
 ), cleared AS (
     -- A signal that commits while this statement runs is not seen here; the sweep finds it.
     DELETE FROM {schema}.signals AS s USING gone WHERE gone.inbox AND s.target_id = gone.id
@@ -127,7 +128,7 @@ SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
        CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
        CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL,
        parent_id, parent_round, children_round, trace, concurrency_key, rate_limit, weight, gate_shard
-FROM ended
+FROM gone
 RETURNING id;
 
 -- name: advance
@@ -165,7 +166,7 @@ FROM unnest(
     %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
 ) AS o (id, token, version, kind, status, step, state_type, state, attempt, delay, timeout, awaits, shown,
         result_type, result, error)
-WHERE i.id = o.id
+WHERE i.id = ANY (ARRAY[o.id])
   AND (i.worker_id, i.token, i.version, i.status)
       IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
 RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox;

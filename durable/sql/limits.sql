@@ -144,7 +144,7 @@ UPDATE {schema}.instances AS i
 SET status = 'executing', worker_id = %(worker)s, token = i.token + 1, reason = NULL, lane = NULL,
     gate_shard = a.shard
 FROM unnest(%(ids)s::bigint[], %(shards)s::int[]) AS a (id, shard)
-WHERE i.id = a.id
+WHERE i.id = ANY (ARRAY[a.id])
 RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.machine_version, i.step, i.attempt,
           i.crashes, i.state_type, i.state, i.max_attempts, i.correlation_key, i.correlation_scope IS NOT NULL,
           CASE WHEN i.version = 0 THEN i.expires_at <= clock_timestamp() END, i.queue, i.parent_id, i.children_round,
@@ -154,7 +154,7 @@ RETURNING i.id, i.token, i.version, i.priority, i.eligible_at, i.machine, i.mach
 -- Park locked rows, or (lane null) make candidates of them. Params: ids bigint[], lanes text[]. Rows: queue, lane.
 UPDATE {schema}.instances AS i SET lane = l.lane
 FROM unnest(%(ids)s::bigint[], %(lanes)s::text[]) AS l (id, lane)
-WHERE i.id = l.id
+WHERE i.id = ANY (ARRAY[l.id])
 RETURNING i.queue, i.lane;
 
 -- name: write_gates
@@ -219,7 +219,7 @@ WITH head AS MATERIALIZED (
         LIMIT 1
     ) AS h
 ), opened AS (
-    UPDATE {schema}.instances AS i SET lane = NULL FROM head WHERE i.id = head.id RETURNING i.queue
+    UPDATE {schema}.instances AS i SET lane = NULL FROM head WHERE i.id = ANY (ARRAY[head.id]) RETURNING i.queue
 )
 SELECT queue, count(*) FROM opened GROUP BY queue;
 
@@ -229,7 +229,7 @@ UPDATE {schema}.instances AS i
 SET concurrency_key = l.concurrency_key, rate_limit = l.rate_limit, weight = l.weight
 FROM unnest(%(ids)s::bigint[], %(concurrency_keys)s::text[], %(rate_limits)s::text[], %(weights)s::int[])
      AS l (id, concurrency_key, rate_limit, weight)
-WHERE i.id = l.id AND i.id = ANY (%(ids)s::bigint[]);
+WHERE i.id = ANY (ARRAY[l.id]);
 
 -- name: open_due_lanes
 -- For whoever keeps the clock where no worker does: one candidate for each token lane that is due for 20 ms, and again
@@ -252,7 +252,7 @@ WITH due AS MATERIALIZED (
     SET opens_at = CASE WHEN head.parked THEN clock_timestamp() + interval '1 s' END
     FROM head WHERE b.bucket = head.bucket AND b.shard = head.shard
 ), opened AS (
-    UPDATE {schema}.instances AS i SET lane = NULL FROM head WHERE i.id = head.id RETURNING i.queue
+    UPDATE {schema}.instances AS i SET lane = NULL FROM head WHERE i.id = ANY (ARRAY[head.id]) RETURNING i.queue
 )
 SELECT queue, count(*) FROM opened GROUP BY queue;
 

@@ -72,11 +72,11 @@ RETURNING d.name;
 -- name: sweep_kept
 -- Delete finished rows that kept their key reserved, once retention has passed and no live parent may ask for them.
 -- Params: retention float8, limit bigint. Rows: id.
-DELETE FROM {schema}.instances WHERE id IN (
+DELETE FROM {schema}.instances WHERE id = ANY (ARRAY(
     SELECT k.id FROM {schema}.instances AS k
     WHERE k.finished_at < (SELECT clock_timestamp() - make_interval(secs => %(retention)s))
-      AND NOT EXISTS (SELECT FROM {schema}.instances AS p WHERE p.id = k.parent_id AND p.finished_at IS NULL)
-    ORDER BY k.finished_at LIMIT %(limit)s FOR UPDATE OF k SKIP LOCKED)
+      AND NOT EXISTS (SELECT FROM {schema}.instances AS p WHERE p.id = ANY (ARRAY[k.parent_id]) AND p.finished_at IS NULL)
+    ORDER BY k.finished_at LIMIT %(limit)s FOR UPDATE OF k SKIP LOCKED))
 RETURNING id;
 
 -- name: wanted_children
@@ -119,7 +119,7 @@ RETURNING w.id;
 -- Rows: id.
 DELETE FROM {schema}.signals AS s
 WHERE s.created_at < clock_timestamp() - interval '1 minute'
-  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.target_id AND i.finished_at IS NULL)
+  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = ANY (ARRAY[s.target_id]) AND i.finished_at IS NULL)
 RETURNING s.id;
 
 -- name: now

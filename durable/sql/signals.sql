@@ -39,7 +39,7 @@ WITH input AS MATERIALIZED (
                            ELSE i.eligible_at END,
         deadline = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN NULL ELSE i.deadline END
     FROM (SELECT target_id, array_agg(name) AS names FROM stored GROUP BY target_id) AS s
-    WHERE i.id = s.target_id
+    WHERE i.id = ANY (ARRAY[s.target_id])
     RETURNING i.id, i.queue, i.status = 'runnable' AS woken
 )
 SELECT input.n, input.dedup_key IS NULL OR stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)
@@ -69,7 +69,7 @@ WITH live AS MATERIALIZED (
         eligible_at = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN clock_timestamp()
                            ELSE i.eligible_at END,
         deadline = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN NULL ELSE i.deadline END
-    FROM stored AS s WHERE i.id = s.target_id
+    FROM stored AS s WHERE i.id = ANY (ARRAY[s.target_id])
     RETURNING i.queue, i.status = 'runnable' AS woken
 )
 SELECT 1, stored.target_id IS NOT NULL, touched.queue, coalesce(touched.woken, false)

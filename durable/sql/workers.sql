@@ -94,9 +94,8 @@ WITH taken AS MATERIALIZED (
     SELECT i.ctid AS row, g.error, i.cancel_requested AS cancelled, NOT i.terminate_requested AS crashed,
            NOT i.terminate_requested AND i.crashes + 1 >= %(max_crashes)s AS lost
     FROM unnest(%(ids)s::bigint[], %(tokens)s::int[], %(errors)s::text[]) AS g (id, token, error)
-    JOIN {schema}.instances AS i ON i.id = g.id
-    WHERE i.id = ANY (%(ids)s::bigint[])
-      AND (i.worker_id, i.token, i.status)
+    JOIN {schema}.instances AS i ON i.id = ANY (ARRAY[g.id])
+    WHERE (i.worker_id, i.token, i.status)
           IS NOT DISTINCT FROM (%(worker)s::bigint, g.token, 'executing'::{schema}.status)
     FOR NO KEY UPDATE OF i SKIP LOCKED
 )
@@ -112,9 +111,8 @@ RETURNING i.id, i.queue, i.status::text, t.crashed, i.concurrency_key, i.gate_sh
 -- Which of these claims are to be killed for a cancel. Params: ids bigint[], tokens int[]. Rows: id, token.
 SELECT i.id, i.token
 FROM unnest(%(ids)s::bigint[], %(tokens)s::int[]) AS r (id, token)
-JOIN {schema}.instances AS i ON i.id = r.id
-WHERE i.id = ANY (%(ids)s::bigint[])
-  AND (i.token, i.status, i.terminate_requested) IS NOT DISTINCT FROM (r.token, 'executing'::{schema}.status, true);
+JOIN {schema}.instances AS i ON i.id = ANY (ARRAY[r.id])
+WHERE (i.token, i.status, i.terminate_requested) IS NOT DISTINCT FROM (r.token, 'executing'::{schema}.status, true);
 
 -- name: predecessors
 -- Live leases of this host and boot, to be compared with the commands that exist.

@@ -31,7 +31,7 @@ from durable.storage.session import Connection, Operation, run, run_atomically
 
 _IN_PICK_ORDER = attrgetter("priority", "eligible_at", "id")
 _BY_ID = attrgetter("claimed.id", "claimed.token")
-"""`finish` finds the last of those with one id: the newest claim, the only one that may commit."""
+"""Of two outcomes of one row the newest claim's comes last: the only one that may commit."""
 
 
 class Limits(NamedTuple):
@@ -262,23 +262,22 @@ def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
 
 
 def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list[Freed]) -> Operation[None]:
-    claims = [commit.claimed for commit in ending]
     rows = yield (
         "finish",
         {
             "worker": worker,
-            "ids": Int8Array([claimed.id for claimed in claims]),
-            "tokens": Int4Array([claimed.token for claimed in claims]),
-            "versions": Int4Array([claimed.version for claimed in claims]),
+            "ids": Int8Array([commit.claimed.id for commit in ending]),
+            "tokens": Int4Array([commit.claimed.token for commit in ending]),
+            "versions": Int4Array([commit.claimed.version for commit in ending]),
             "statuses": TextArray([commit.status for commit in ending]),
             "result_types": TextArray([commit.result and commit.result.type for commit in ending]),
             "results": ByteaArray([commit.result and commit.result.body for commit in ending]),
             "errors": TextArray([commit.error for commit in ending]),
         },
     )
-    gone = {row[0] for row in rows}
-    flushed.committed |= gone
-    ended = [claimed for claimed in claims if claimed.id in gone]
+    claims = {commit.claimed.id: commit.claimed for commit in ending}
+    ended = [claims[row[0]] for row in rows]
+    flushed.committed.update(claimed.id for claimed in ended)
     freed += [(row.concurrency_key, row.gate_shard) for row in ended if row.concurrency_key is not None]
     flushed.ready.update(
         (yield from lower_barriers(Counter(row.reports_to for row in ended if row.reports_to is not None)))

@@ -142,6 +142,12 @@ GATES: list[tuple[str, dict[str, Any], str, str]] = [
     ("limits_named", {"gates": KEYS, "rates": BUCKETS}, "limits", "limits_pkey"),
 ]
 HOT_STATEMENTS = [(item if isinstance(item, tuple) else statement(item), indexes) for item, indexes in HOT]
+BY_ID: list[tuple[str, dict[str, Any]]] = [
+    *(call for call, indexes in HOT_STATEMENTS if "instances_pkey" in indexes),
+    *((name, parameters) for name, parameters, indexes in LIMITED if "instances_pkey" in indexes),
+    ("raise_barrier", {"ids": Int8Array(IDS), "counts": Int4Array([1] * 100)}),
+    statement(workers.give_up(1, [(1, 1, "too long")], 3), 1),
+]
 
 
 PRODUCER: list[tuple[tuple[str, dict[str, Any]], set[str]]] = [

@@ -237,6 +237,24 @@ def test_of_two_outcomes_of_one_row_that_of_the_claim_that_stands_commits(rows: 
     assert (row["token"], row["result"]) == (new.token, str(new.token).encode())
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["moved", "key kept"])
+def test_two_outcomes_of_one_child_lower_its_parents_barrier_once(rows: Rows, kept: bool) -> None:
+    worker = rows.worker()
+    (parent,) = rows.insert(queue="parents")
+    rows.fetch(
+        "UPDATE {schema}.instances SET status = 'awaiting_children', children_round = 1, children_pending = 2"
+        " WHERE id = %s",
+        [parent],
+    )
+    (old,) = rows.claimed(worker, parent_id=parent, parent_round=1)
+    rows.release(worker, old)
+    (new,) = rows.claim(worker, 1)
+    assert rows.flush(worker, *(done(row._replace(keeps_key=kept)) for row in (old, new))) == {new.id}
+    row = rows.live(parent)
+    assert row is not None
+    assert (row["status"], row["children_pending"]) == ("awaiting_children", 1)
+
+
 def test_a_flush_of_every_kind_at_once_commits_each(rows: Rows) -> None:
     worker = rows.worker()
     claimed = rows.claimed(worker, len(KINDS))

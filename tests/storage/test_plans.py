@@ -13,6 +13,7 @@ from durable.storage.arrays import Int4Array, TextArray
 from durable.storage.session import connect
 from tests.fix_rows import Rows
 from tests.storage.hot import (
+    BY_ID,
     FORBIDDEN,
     GATES,
     HOT_STATEMENTS,
@@ -42,6 +43,19 @@ def full(database: str) -> Iterator[Rows]:
     )
     for queue in ("q0", "q1"):
         rows.claim(rows.worker(), 200, queue)
+    yield rows
+    rows.fetch("DROP SCHEMA {schema} CASCADE")
+    rows.close()
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def bare(database: str) -> Iterator[Rows]:
+    """No rows, and the planner knows."""
+    app = Durable("bare", dsn=database, schema="t_bare")
+    app.migrate()
+    rows = Rows(database, "t_bare")
+    rows.fetch("VACUUM ANALYZE {schema}.instances")
     yield rows
     rows.fetch("DROP SCHEMA {schema} CASCADE")
     rows.close()
@@ -93,6 +107,16 @@ def test_a_hot_statement_reaches_rows_by_its_index_only(
     kinds = [node["Node Type"] for node in nodes]
     assert "Seq Scan" not in kinds or reads(nodes, "instances").isdisjoint({"Seq Scan"})
     assert not FORBIDDEN & set(kinds)
+
+
+@pytest.mark.parametrize(("name", "parameters"), BY_ID, ids=[name for name, _ in BY_ID])
+def test_a_plan_made_beside_an_empty_table_looks_its_rows_up_for_it_may_be_kept(
+    bare: Rows, name: str, parameters: dict[str, Any]
+) -> None:
+    nodes = plan(bare, bare.connection, name, parameters)
+    lookups = [node for node in nodes if node.get("Index Name") == "instances_pkey"]
+    assert lookups
+    assert [node for node in lookups if "Index Cond" not in node] == []
 
 
 @pytest.mark.parametrize("mode", ["auto", "force_generic_plan"])
