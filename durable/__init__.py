@@ -3,7 +3,8 @@
 from durable import telemetry
 from durable._version import __version__
 from durable.app import Durable
-from durable.context import Child, Context, Signal
+from durable.children import Child
+from durable.context import Context, Signal
 from durable.errors import DuplicateError, DurableError, NoTargetError, ResultTimeout, TaskCancelled, TaskFailed
 from durable.limits import ConcurrencyLimit, RateLimit
 from durable.machine import Machine, step

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -17,8 +17,8 @@ import psycopg
 from durable import dsn as dsn_module
 from durable import validation
 from durable.batch import Batch, collecting
+from durable.children import Children
 from durable.config import Config
-from durable.context import Child, child_of
 from durable.control import Control, QueueControl, delivering
 from durable.eager import Eager
 from durable.errors import ValidationError
@@ -36,7 +36,7 @@ from durable.signatures import Signature
 from durable.sql import Statements
 from durable.storage import instances, migrations
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, arun, run, run_atomically
+from durable.storage.session import Operation, Row, arun, run, run_atomically
 from durable.task import Task
 from durable.wakeups import Wakeups
 from durable.writer import Writer
@@ -279,12 +279,13 @@ class Durable(Registry, QueueControl):
             return None
         return self.codec.decode(snapshot.result_type, snapshot.result or b"", f"result of instance {snapshot.id}")
 
-    def read_children(
-        self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
-    ) -> list[Child]:
-        """Return a page of an instance's children with ids above `after`, of one round or (None) of all."""
-        rows = self.run(instances.children(instance_id, children_round, after, limit))
-        return [child_of(row, self.codec.decode) for row in rows]
+    def children_of(self, instance_id: int) -> Children:
+        """Return an instance's children of every round, live and finished."""
+        return Children(partial(self.read_children, instance_id, None), self.codec.decode)
+
+    def read_children(self, instance_id: int, children_round: int | None, after: int, limit: int) -> list[Row]:
+        """Return rows of an instance's children with ids above `after`, of one round or (None) of all, for Children."""
+        return self.run(instances.children(instance_id, children_round, after, limit))
 
     # Within
 

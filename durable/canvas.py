@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from durable.context import Child, Context
+from durable.children import Child
+from durable.context import Context
 from durable.errors import DatabaseUnavailableError, GroupFailed, OutcomeError, TaskFailed, UnknownTaskError
 from durable.instance import NewInstance
 from durable.machine import Encode, Machine, MachineDefinition, MachineOptions, step

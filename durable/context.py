@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,11 +14,13 @@ from functools import cached_property
 from typing import Any, Generic, NoReturn, Protocol
 
 from durable import validation
+from durable.children import Children
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError, ValidationError
 from durable.instance import Claimed
 from durable.outcomes import RetryRequested, StepAgain
 from durable.storage import instances
 from durable.storage.claims import Commit
+from durable.storage.session import Row
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar
@@ -38,8 +40,6 @@ class _StepLogger(logging.LoggerAdapter[logging.Logger]):
 
 S = TypeVar("S", default=Any)
 
-PAGE = 500
-"""Children read in one statement."""
 CANCEL_LOOK = 0.1
 """Seconds for which an answer to `cancel_requested` holds."""
 CANCEL_LOOK_AWAY = 1.0
@@ -54,59 +54,6 @@ class Signal:
     name: str
     payload: Any
     created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A child as its parent sees it. `error` is {"type", "message", "traceback"} unless it ended `done`."""
-
-    id: int
-    machine: str
-    status: str
-    state: Any
-    result: Any
-    error: dict[str, Any] | None
-
-
-def child_of(row: Sequence[Any], decode: Callable[[str, bytes, str], Any]) -> Child:
-    """Return a child from its row as `children` reads it. Raises CorruptRowError for a payload not accepted."""
-    child_id, machine, status, state_type, state, result_type, result, error = row
-    return Child(
-        child_id,
-        machine,
-        status,
-        decode(state_type, state, f"state of instance {child_id}"),
-        None if result_type is None else decode(result_type, result, f"result of instance {child_id}"),
-        error,
-    )
-
-
-class Children(Sequence[Child]):
-    """Children by id. Iterating reads them in pages; `len` and indexing read them all, once."""
-
-    def __init__(self, read: Callable[[int], list[Child]]) -> None:
-        self._read = read
-        self._all: list[Child] | None = None
-
-    def __iter__(self) -> Iterator[Child]:
-        if self._all is not None:
-            yield from self._all
-            return
-        after = 0
-        while page := self._read(after):
-            yield from page
-            after = page[-1].id
-
-    def _everything(self) -> list[Child]:
-        if self._all is None:
-            self._all = [child for child in self]  # noqa: C416 - list() would ask for the length first
-        return self._all
-
-    def __len__(self) -> int:
-        return len(self._everything())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._everything()[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +183,11 @@ class Context(Generic[S]):
         return self._children(None)
 
     def _children(self, children_round: int | None) -> Children:
-        return Children(lambda after: self._read_children(children_round, after))
+        return Children(lambda after, limit: self._read_children(children_round, after, limit), self.app.codec.decode)
 
-    def _read_children(self, children_round: int | None, after: int) -> list[Child]:
+    def _read_children(self, children_round: int | None, after: int, limit: int) -> list[Row]:
         try:
-            return self.app.read_children(self.id, children_round, after, PAGE)  # type: ignore[no-any-return]
+            return self.app.read_children(self.id, children_round, after, limit)  # type: ignore[no-any-return]
         except DatabaseUnavailableError as error:
             # The package's own look, not the user's code: no attempt of the step is to be lost for it.
             raise StepAgain(f"its children can't be read: {error}") from error

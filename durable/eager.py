@@ -20,7 +20,8 @@ from typing import Any
 
 from durable import task_hooks
 from durable.canvas import NAME, Canvas, Definition
-from durable.context import Child, Context, Transaction, entered
+from durable.children import Child
+from durable.context import Context, Transaction, entered
 from durable.errors import ConnectionUsageError, DurableError, NoTargetError, OutcomeError, TaskFailed, ValidationError
 from durable.instance import Claimed, NewInstance, Snapshot
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, ScheduleChildren, Stop, step_name

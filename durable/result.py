@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar
 
 from durable import validation
-from durable.context import Child, Children, current
+from durable.children import Children
+from durable.context import current
 from durable.errors import (
     DatabaseUnavailableError,
     DurableError,
@@ -64,9 +65,7 @@ class ResultSource(Protocol):
     def retry(self, instance_id: int) -> bool: ...
     async def aretry(self, instance_id: int) -> bool: ...
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool: ...
-    def read_children(
-        self, instance_id: int, children_round: int | None, after: int = 0, limit: int = 500
-    ) -> list[Child]: ...
+    def children_of(self, instance_id: int) -> Children: ...
 
 
 class AsyncResult(Generic[R]):
@@ -227,7 +226,7 @@ class AsyncResult(Generic[R]):
     @property
     def children(self) -> Children:
         """Its children of every round, live and finished."""
-        return Children(lambda after: self._source.read_children(self.id, None, after))
+        return self._source.children_of(self.id)
 
     def __repr__(self) -> str:
         return f"<AsyncResult {self._id}>"

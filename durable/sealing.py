@@ -60,7 +60,7 @@ class Sealer:
         self._encrypt = {name: _derived(secret, b"durable encrypt 1") for name, secret in keys.items()}
         self._writer = next(iter(keys), None)
         self._encrypting = encrypt
-        self._accept_unsigned = accept_unsigned or not keys
+        self.accepts_unsigned = accept_unsigned or not keys
         self._aes: Any
         self._invalid: type[Exception]
         self._aes, self._invalid = _aes() if encrypt else (None, ValueError)
@@ -88,7 +88,7 @@ class Sealer:
         """
         plain, separator, seal = kind.partition(";")
         if not separator:
-            if not self._accept_unsigned:
+            if not self.accepts_unsigned:
                 raise PayloadSignatureError(
                     f"{what} is not signed, and payload_keys is set; it was not loaded (accept_unsigned=True loads it)"
                 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from durable import Await, Child, Context, Done, Durable, Machine, Next, ScheduleChildren, Stop, TaskFailed, step
+from durable.children import Children
 from durable.errors import OutcomeError
 from durable.instance import Claimed
 from durable.storage import inspection
@@ -287,7 +288,7 @@ def test_more_children_than_a_page_are_read_page_by_page(
     reads: list[int] = []
     read = app.read_children
 
-    def counted(*arguments: Any) -> list[Child]:
+    def counted(*arguments: Any) -> list[Any]:
         page = read(*arguments)
         reads.append(len(page))
         return page
@@ -314,9 +315,26 @@ def test_more_children_than_a_page_are_read_page_by_page(
     assert result.status == "done"
     assert seen["after one"] == [500]
     assert seen["results"] == [n * 2 for n in range(1203)]
-    assert seen["streamed"] == [500, 500, 500, 203, 0]
+    assert seen["streamed"] == [500, 500, 703], "the second page is larger, for they are small"
     assert seen["all"] == (1203, True, 2404, 10)
-    assert len(reads) == 9, "a sequence is read once"
+    assert len(reads) == 5, "a sequence is read once"
+
+
+@pytest.mark.parametrize(
+    ("size", "limits"), [(10, [500, 10_000]), (4_000, [500, 1_000, 1_000]), (100_000, [500, 500, 500])]
+)
+def test_heavy_children_come_in_small_pages(size: int, limits: list[int]) -> None:
+    asked: list[int] = []
+
+    def read(after: int, limit: int) -> list[Any]:
+        asked.append(limit)
+        half = b"x" * (size // 2)
+        return [
+            (n, "kid", "done", "json", half, "json", half, None) for n in range(after + 1, min(after + limit, 1500) + 1)
+        ]
+
+    assert [child.id for child in Children(read, lambda *_: None)] == list(range(1, 1501))
+    assert asked[: len(limits)] == limits
 
 
 def test_ten_thousand_children_are_the_limit(app: Durable, driver: Driver, view: View, kids: Any, parent: Any) -> None:

@@ -118,7 +118,7 @@ def test_a_producer_does_so_in_coroutines_and_in_its_own_transactions(
         lambda app, id: app.retry(id),
         lambda app, id: app.pause("default"),
         lambda app, id: app.resume("default"),
-        lambda app, id: app.read_children(id, None),
+        lambda app, id: list(app.children_of(id)),
     ],
     ids=["cancel", "retry", "pause", "resume", "children"],
 )

@@ -93,7 +93,7 @@ def test_children_of_a_live_parent_outlive_their_partition_and_nothing_else_does
     assert collect(rows) == []
     assert there(rows) == [over, *kept]
     assert rows.history(kept[0]) == before, "with every column, the moment of its end too"
-    children = app.read_children(waiting, 1)
+    children = app.children_of(waiting)
     assert [(child.id, child.status) for child in children] == [(last, "runnable"), *((id_, "done") for id_ in kept)]
     assert app.result(kept[2]).get(timeout=5) == "ok"
 
