@@ -7,7 +7,7 @@ can't drop a row whose key is occupied: only rows without correlation keys go th
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from durable.instance import NewInstance
@@ -17,6 +17,8 @@ _BEGIN = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _END = b"\xff\xff"
 _NULL = b"\xff\xff\xff\xff"
 _COLUMNS = 19
+_PIECE = 500
+"""Rows that are written at a time: while the server takes them in, the next are made."""
 _row = struct.Struct(">hiqi").pack
 _int2, _int4, _int8 = struct.Struct(">ih").pack, struct.Struct(">ii").pack, struct.Struct(">iq").pack
 _length = struct.Struct(">i").pack
@@ -26,15 +28,17 @@ _COMMON = attrgetter(
 )  # fmt: skip
 
 
-def instance_rows(batch: Sequence[NewInstance], ids: Sequence[int], now: int, lanes: Sequence[str | None]) -> bytes:
-    """Return a batch as `copy_instances` takes it: id and state, then what most rows share.
+def instance_rows(
+    batch: Sequence[NewInstance], ids: Sequence[int], now: int, lanes: Sequence[str | None]
+) -> Iterator[bytes]:
+    """Yield a batch, in pieces, as `copy_instances` takes it: id and state, then what most rows share.
 
     now    the database's clock, in microseconds since 2000
     lanes  where each row is parked unless it is scheduled
     """
     made: dict[object, bytes] = {}
     parts = [_BEGIN]
-    for new, instance_id, lane in zip(batch, ids, lanes, strict=True):
+    for n, (new, instance_id, lane) in enumerate(zip(batch, ids, lanes, strict=True), 1):
         at, expires = now, None
         if new.at is not None:
             at = max(now, microseconds(new.at))
@@ -50,8 +54,11 @@ def instance_rows(batch: Sequence[NewInstance], ids: Sequence[int], now: int, la
             rest = made[common] = _rest(new, at, expires, None if at > now else lane, at > now)
         body = new.state.body
         parts += (_row(_COLUMNS, 8, instance_id, len(body)), body, rest)
+        if n % _PIECE == 0:
+            yield b"".join(parts)
+            parts.clear()
     parts.append(_END)
-    return b"".join(parts)
+    yield b"".join(parts)
 
 
 def _rest(new: NewInstance, at: int, expires: int | None, lane: str | None, scheduled: bool) -> bytes:

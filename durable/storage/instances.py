@@ -22,7 +22,7 @@ from durable.storage.arrays import (
 )
 from durable.storage.copying import instance_rows
 from durable.storage.lanes import open_lanes
-from durable.storage.session import Operation, Row
+from durable.storage.session import Copied, Operation, Row
 
 INSERT_CHUNK = 5000
 """Rows of one insert statement; larger batches take several in one transaction."""
@@ -87,7 +87,7 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
         rows, lanes = [batch[n] for n in chunk], [parked[n] for n in chunk]
         if len(chunk) >= COPY_FROM:
             ((made, now),) = yield "new_ids", {"count": len(chunk)}
-            yield "copy_instances", instance_rows(rows, made, now, lanes)
+            yield "copy_instances", Copied(instance_rows(rows, made, now, lanes))
         else:
             ((made,),) = yield "insert_many", _columns(rows, lanes)
         for n, instance_id in zip(chunk, made, strict=True):

@@ -1,14 +1,15 @@
 """Running storage operations on a connection, sync or async, and turning Postgres' errors into ours.
 
-An operation is a generator that yields `(statement name, parameters)` and is sent the rows; a COPY's parameters are the
-bytes that it copies in. It never opens or commits a transaction: `run` executes each statement as the connection stands
+An operation is a generator that yields `(statement name, parameters)` and is sent the rows; a COPY's parameters are
+`Copied`. It never opens or commits a transaction: `run` executes each statement as the connection stands
 (autocommit, or inside the caller's transaction), `run_atomically` puts one around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psycopg
@@ -21,7 +22,16 @@ from durable.storage import arrays
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
-Parameters = Mapping[str, Any] | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a COPY takes in, piece by piece: the server works on one while the next is made."""
+
+    pieces: Iterable[bytes]
+
+
+Parameters = Mapping[str, Any] | Copied
 Operation = Generator[tuple[str, Parameters], list[Row], T]
 Connection = psycopg.Connection[Any]
 AsyncConnection = psycopg.AsyncConnection[Any]
@@ -56,15 +66,16 @@ _TIMEOUTS = {
 def execute(connection: Connection, sql: Statements, name: str, parameters: Parameters) -> list[Row]:
     """Run one named statement, prepared unless the connection leads through a pooler; return its rows, if any."""
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-    if isinstance(parameters, bytes):
-        return _copy_in(cursor, sql[name], parameters)
+    if isinstance(parameters, Copied):
+        return _copy_in(cursor, sql[name], parameters.pieces)
     cursor.execute(sql[name], parameters, prepare=connection.prepare_threshold is not None, binary=True)
     return cursor.fetchall() if cursor.rownumber is not None else []
 
 
-def _copy_in(cursor: psycopg.Cursor[Row], text: str, data: bytes) -> list[Row]:
+def _copy_in(cursor: psycopg.Cursor[Row], text: str, pieces: Iterable[bytes]) -> list[Row]:
     with cursor.copy(text) as copy:
-        copy.write(data)
+        for piece in pieces:
+            copy.write(piece)
     return []
 
 
@@ -82,8 +93,8 @@ def run(connection: Connection, sql: Statements, operation: Operation[T], *, for
                 rows = execute(connection, sql, name, parameters)
                 continue
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-            if isinstance(parameters, bytes):
-                rows = _copy_in(cursor, sql[name], parameters)
+            if isinstance(parameters, Copied):
+                rows = _copy_in(cursor, sql[name], parameters.pieces)
                 continue
             arrays.register(cursor.adapters)
             cursor.execute(sql[name], parameters, binary=True)
@@ -105,9 +116,10 @@ async def arun(connection: AsyncConnection, sql: Statements, operation: Operatio
         while True:
             name, parameters = operation.send(rows)  # type: ignore[arg-type]
             cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
-            if isinstance(parameters, bytes):
+            if isinstance(parameters, Copied):
                 async with cursor.copy(sql[name]) as copy:
-                    await copy.write(parameters)
+                    for piece in parameters.pieces:
+                        await copy.write(piece)
                 rows = []
                 continue
             if foreign:
