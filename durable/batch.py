@@ -37,13 +37,15 @@ class Batch:
         self.app = app
         self.duplicates: list[AsyncResult[Any]] = []
         self._connection = connection
-        self._collected: list[tuple[NewInstance, AsyncResult[Any]]] = []
+        self._rows: list[NewInstance] = []
+        self._results: list[AsyncResult[Any]] = []
         self._outer: Batch | None = None
 
     def add(self, new: NewInstance) -> AsyncResult[Any]:
         """Take one in and return the result that gets its id later."""
         result: AsyncResult[Any] = AsyncResult(None, self.app)
-        self._collected.append((new, result))
+        self._rows.append(new)
+        self._results.append(result)
         return result
 
     def __enter__(self) -> Batch:
@@ -56,7 +58,7 @@ class Batch:
     ) -> None:
         _current.set(self._outer)
         if kind is None:
-            self._settle(self.app.insert_rows([new for new, _ in self._collected], self._connection))
+            self._settle(self.app.insert_rows(self._rows, self._connection))
 
     async def __aenter__(self) -> Batch:
         return self.__enter__()
@@ -66,10 +68,10 @@ class Batch:
     ) -> None:
         _current.set(self._outer)
         if kind is None:
-            self._settle(await self.app.ainsert_rows([new for new, _ in self._collected], self._connection))
+            self._settle(await self.app.ainsert_rows(self._rows, self._connection))
 
     def _settle(self, ids: Sequence[int | None]) -> None:
-        for (new, result), instance_id in zip(self._collected, ids, strict=True):
+        for new, result, instance_id in zip(self._rows, self._results, ids, strict=True):
             if instance_id is not None:
                 result._settle(instance_id)
                 continue

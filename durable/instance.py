@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import msgspec
+
 from durable import tracing
 
 STATUSES = (
@@ -33,9 +35,11 @@ class Payload(NamedTuple):
     body: bytes
 
 
-@dataclass(slots=True)
-class NewInstance:
-    """A row to insert. Times are either relative (seconds, added to the database's clock) or absolute and aware."""
+class NewInstance(msgspec.Struct, gc=False):
+    """A row to insert. Times are either relative (seconds, added to the database's clock) or absolute and aware.
+
+    A Struct and unknown to the garbage collector, which it gives no work: it is in no cycle, and batches have many.
+    """
 
     machine: str
     state: Payload

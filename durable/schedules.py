@@ -11,7 +11,6 @@ What happens when clocks change is Debian cron's rule, which cronsim implements:
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ class Periodic:
 
 def template(new: NewInstance) -> dict[str, Any]:
     """Return a row without its payload, as JSON keeps it: what differs from the defaults."""
-    values = {field.name: getattr(new, field.name) for field in dataclasses.fields(new) if field.name != "state"}
+    values = {name: getattr(new, name) for name in new.__struct_fields__ if name != "state"}
     with tracing.declaring():
         defaults = NewInstance(new.machine, new.state)
     return {name: value for name, value in values.items() if value != getattr(defaults, name) or name == "machine"}
