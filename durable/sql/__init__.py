@@ -10,14 +10,29 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from durable.errors import DurableError
 
 _NAME = re.compile(r"^-- name: ([a-z_]+)$", re.MULTILINE)
+
+
+def packaged(folder: str = "") -> list[Traversable]:
+    """Return the files beside this one, or in a folder there, by name. Raises DurableError where there are none."""
+    place = files(__name__) / folder
+    try:
+        return sorted(place.iterdir(), key=lambda entry: entry.name)
+    except FileNotFoundError as error:
+        raise DurableError(
+            f"durable's SQL is missing, it should be in {place}; a frozen app takes it along: "
+            "pyinstaller --collect-all durable --collect-submodules durable_cli"
+        ) from error
 
 
 @cache
 def _texts() -> dict[str, str]:
     texts: dict[str, str] = {}
-    for file in sorted(files(__name__).iterdir(), key=lambda entry: entry.name):
+    for file in packaged():
         if not file.name.endswith(".sql"):
             continue
         parts = _NAME.split(file.read_text(encoding="utf-8"))[1:]

@@ -15,13 +15,12 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 from psycopg import errors as pg_errors
 from psycopg import sql
 
 from durable.errors import SchemaError
-from durable.sql import Statements
+from durable.sql import Statements, packaged
 from durable.storage import maintenance, partitions
 from durable.storage.session import Connection, run
 
@@ -55,7 +54,7 @@ class Migration:
 def known() -> tuple[Migration, ...]:
     """Return every migration this code has, oldest first."""
     found = []
-    for file in files("durable.sql.migrations").iterdir():
+    for file in packaged("migrations"):
         match = _FILE.fullmatch(file.name)
         if match:
             text = file.read_text(encoding="utf-8")

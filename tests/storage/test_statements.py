@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 
-from durable.sql import Statements
+from durable import DurableError, sql
+from durable.sql import Statements, packaged
 from durable.storage.arrays import (
     Array,
     ByteaArray,
@@ -21,6 +23,15 @@ from durable.storage.arrays import (
     TimestampArray,
 )
 from tests.fix_rows import Rows
+
+
+@pytest.mark.parametrize("folder", ["", "migrations"])
+def test_an_app_that_was_frozen_without_the_sql_is_told_how(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql, "files", lambda _: tmp_path / "frozen")
+    with pytest.raises(DurableError, match=r"it should be in \S+/frozen\S*; .*pyinstaller --collect-all durable"):
+        packaged(folder)
 
 
 def test_every_statement_prepares(rows: Rows) -> None:
