@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from durable.storage.session import Row
 
@@ -15,8 +16,7 @@ PAGE_BYTES = 4_000_000
 """States and results, which may take a megabyte each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Child:
+class Child(msgspec.Struct, frozen=True):
     """A child as its parent sees it. `error` is {"type", "message", "traceback"} unless it ended `done`."""
 
     id: int
