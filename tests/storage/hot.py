@@ -144,7 +144,11 @@ GATES: list[tuple[str, dict[str, Any], str, str]] = [
 HOT_STATEMENTS = [(item if isinstance(item, tuple) else statement(item), indexes) for item, indexes in HOT]
 BY_ID: list[tuple[str, dict[str, Any]]] = [
     *(call for call, indexes in HOT_STATEMENTS if "instances_pkey" in indexes),
-    *((name, parameters) for name, parameters, indexes in LIMITED if "instances_pkey" in indexes),
+    *(
+        (name, parameters)
+        for name, parameters, indexes in LIMITED
+        if indexes - {"instances_lane"} == {"instances_pkey"}
+    ),
     ("raise_barrier", {"ids": Int8Array(IDS), "counts": Int4Array([1] * 100)}),
     statement(workers.give_up(1, [(1, 1, "too long")], 3), 1),
 ]
