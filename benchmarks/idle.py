@@ -37,9 +37,12 @@ def run(database: Database, seconds: int, processes: int, parked: int, *, nobody
             pids = family(command.pid)
             before = cpu_seconds(pids)
             transactions = _transactions(database, seconds)
-            if family(command.pid) == pids:
+            now = family(command.pid)
+            if now == pids:
                 return {CPU: 100 * (cpu_seconds(pids) - before) / seconds, QUERIES: transactions}
-    raise RuntimeError(f"processes of the idle command came or went in each of {WATCHES} watches")
+    raise RuntimeError(
+        f"processes of the idle command came or went in each of {WATCHES} watches, in the last from {pids} to {now}"
+    )
 
 
 def _transactions(database: Database, seconds: int) -> float:

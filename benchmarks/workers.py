@@ -20,14 +20,14 @@ ROOT = Path(__file__).parent.parent
 def worker(
     database: Database, processes: int, *options: str, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker command on the benchmark's tasks; stopped by SIGTERM."""
-    arguments = ["-A", "benchmarks.bench_tasks", "worker", "-c", str(processes), "-l", "warning", *options]
+    """A worker command on the benchmark's tasks; what it warns of is shown, SIGTERM stops it."""
+    # With --json what it starts with goes to stdout: on stderr there are warnings only.
+    arguments = ["-A", "benchmarks.bench_tasks", "worker", "-c", str(processes), "-l", "warning", "--json", *options]
     command = subprocess.Popen(
         [sys.executable, "-m", "durable_cli", *arguments],
         cwd=ROOT,
         env={**os.environ, "DURABLE_DSN": database.dsn, "BENCH_SCHEMA": database.schema, **(environment or {})},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
     )
     try:
         yield command
