@@ -48,8 +48,9 @@ class Database:
 
     def empty(self) -> None:
         """Remove every row."""
+        tables = ", ".join(f"{self.schema}.{table}" for table in ("instances", "history", "signals", "buckets"))
         with psycopg.connect(self.dsn, autocommit=True) as connection:
-            connection.execute(f"TRUNCATE {self.schema}.instances, {self.schema}.history, {self.schema}.signals")
+            connection.execute(f"TRUNCATE {tables}")
 
     def value(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         """Return the first value of a query in which {schema} stands for the schema; None if it has no rows."""

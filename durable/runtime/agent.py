@@ -39,7 +39,7 @@ from durable.runtime.periodic import StandIn
 from durable.runtime.quarantine import Quarantine
 from durable.runtime.reaper import reap
 from durable.runtime.ringing import Ringer
-from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats
+from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats, poll_timeout
 from durable.runtime.termination import terminate
 from durable.storage import claims, lanes, maintenance, partitions, workers
 from durable.storage.session import advise
@@ -208,7 +208,7 @@ class Agent:
         listening = self._listener.fileno()
         if listening is not None:
             poll.register(listening, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(max(0.0, (due - time.monotonic()) * 1000))}
+        ready = {fd for fd, _ in poll.poll(poll_timeout(due))}
         if self._inbox in ready:
             self._read_inbox()
         if listening in ready:
@@ -382,7 +382,7 @@ class Agent:
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN | select.POLLHUP)
-        while not self._stopping and (left := until - time.monotonic()) > 0:
-            if poll.poll(left * 1000):
+        while not self._stopping and time.monotonic() < until:
+            if poll.poll(poll_timeout(until)):
                 self._read_inbox()
         return self._stopping

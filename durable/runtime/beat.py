@@ -22,7 +22,7 @@ from durable.runtime.link import Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
-from durable.runtime.shared import Bell
+from durable.runtime.shared import Bell, poll_timeout
 from durable.storage import lanes, maintenance, partitions, workers
 from durable.storage.session import advise, describe
 from durable.wakeups import INTERVAL, due_channel
@@ -146,7 +146,7 @@ class Beat:
         listening = self._listener.fileno()
         if listening is not None:
             poll.register(listening, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(max(0.0, (until - time.monotonic()) * 1000))}
+        ready = {fd for fd, _ in poll.poll(poll_timeout(until))}
         if listening in ready and self._listener.messages():
             # Look now, and once more for rows whose own notification was saved.
             now = time.monotonic()
@@ -160,7 +160,7 @@ class Beat:
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._bell.reader, select.POLLIN)
-        while not self._stopping and (left := until - time.monotonic()) > 0:
-            poll.poll(left * 1000)
+        while not self._stopping and time.monotonic() < until:
+            poll.poll(poll_timeout(until))
             self._bell.silence()
         return self._stopping

@@ -37,7 +37,7 @@ from durable.runtime.pacing import BEHIND_A_LONG_STEP
 from durable.runtime.picker import Picker
 from durable.runtime.reconcile import Reconcile
 from durable.runtime.saturation import Saturation
-from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats
+from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats, poll_timeout
 from durable.runtime.step_transaction import IDLE_SECONDS
 from durable.runtime.waiting import Waiting
 from durable.storage import claims, workers
@@ -355,7 +355,7 @@ class Engine:
         self.outbox.wake_at = self._app.conf.flush_batch if pending else 1
         # An outcome that came before wake_at was set rang nobody.
         if len(self.outbox) == pending and not self._pacing.flush_is_due():
-            self._poll.poll(None if until == math.inf else max(0.0, (until - now) * 1000))
+            self._poll.poll(poll_timeout(until))
         self.outbox.wake_at = math.inf
 
     # Shutdown
@@ -377,7 +377,7 @@ class Engine:
             self.outbox.wake_at = 1
             self._poll.poll(min(50.0, left * 1000))
             self._bell.silence()
-        if not self.slot.ended:
+        if self.slot.running:
             log.warning("%s stops a step before its end; it runs again elsewhere", self._name)
         self._retried(self._leave)
 

@@ -153,6 +153,7 @@ def stale(commits: Sequence[Commit]) -> None:
 
 def drained(queue: str, released: int, in_flight: int) -> None:
     """A worker process was asked to stop, and gave back what it had not begun."""
+    log.debug("queue %s: %d rows given back, %d steps are let end", queue, released, in_flight)
     telemetry.emit("scheduler.drain", {"released": released, "in_flight": in_flight}, {"queue": queue})
 
 

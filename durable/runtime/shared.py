@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ from durable.runtime.roster import Roster
 
 STARTING, IDLE, BUSY = 0, 1, 2
 RESCAN, SUSPECT = 1, 2
+LONGEST_POLL = 3600.0
+"""Seconds a process sleeps at most: poll() counts milliseconds in 32 bits, and what is due may be months away."""
 
 _FIELDS = 13
 (_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS,
@@ -227,6 +230,11 @@ class Seat:
         if flags:
             self._integers[self._base + _HINTS] = 0
         return flags
+
+
+def poll_timeout(until: float) -> float:
+    """Return the milliseconds for poll() until a time.monotonic(); whoever wakes before it looks again, sleeps on."""
+    return 1000 * min(max(0.0, until - time.monotonic()), LONGEST_POLL)
 
 
 class Bell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable import Durable, TaskFailed
+from durable import Durable, TaskFailed, config
 from tests.fix_app import Command
 from tests.fix_db import wait_until
 from tests.fix_proxy import CountingProxy
@@ -144,12 +145,12 @@ def test_sigterm_lets_the_running_step_end_and_gives_the_rest_back_untouched(
     tmp_path: Path,
 ) -> None:
     started, go = tmp_path / "started", tmp_path / "go"
-    worker = durable_worker("worker", "-c", "1", "--prefetch", "10")
+    worker = durable_worker("worker", "-c", "1", "--prefetch", "10", "-l", "debug")
     running = tasks["wait_for"].delay(str(started), str(go))
     wait_until(lambda: started.exists())
     waiting = [tasks["add"].delay(n) for n in range(5)]
     worker.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "drains" in worker.output())
+    wait_until(lambda: "steps are let end" in worker.output())
     go.touch()
 
     assert worker.process.wait(15) == 0
@@ -475,3 +476,22 @@ def test_an_idle_command_makes_fewer_than_two_queries_a_second(
 
 def _never(a: int, b: int = 1) -> int:
     raise AssertionError("runs on workers only")
+
+
+def test_a_worker_with_a_beat_runs_on_the_longest_times_that_may_be_set(
+    app: Durable, tasks: dict[str, Any], durable_worker: Callable[..., Command]
+) -> None:
+    """poll() counts milliseconds in 32 bits, which is 24.8 days; the agent that slept longer ended in an error."""
+    longest = {
+        f"DURABLE_{one.name.upper()}": "315360000"
+        for one in dataclasses.fields(app.conf)
+        if one.metadata["check"] in (config._seconds, config._seconds_or_zero, config._seconds_or_none)
+    }
+    longest |= {"DURABLE_HEARTBEAT_INTERVAL": "157679999", "DURABLE_SOFT_TIME_LIMIT": "315359999"}
+    command = durable_worker("worker", "-c", "1", "-B", **longest)
+    children = command.started(count=3)
+    for n in range(5):
+        assert tasks["add"].apply_async(args=(n,), countdown=0.05).get(timeout=20) == n + 1
+    assert command.children() == children
+    assert "CRITICAL" not in command.output()
+    assert "a new one is forked" not in command.output()

@@ -28,7 +28,8 @@ import psycopg
 from durable import RateLimit
 from durable.limit_rows import LimitRows
 
-app.limit_rows = LimitRows({"mail": RateLimit(40, 1.0, burst=5), "slow": RateLimit(10, 1.0, burst=1)}, {})
+app.limit_rows = LimitRows({"mail": RateLimit(40, 1.0, burst=5), "slow": RateLimit(10, 1.0, burst=1),
+                             "quota": RateLimit(1, 60 * 86400.0)}, {})
 _connections = {}
 
 def effects():
@@ -118,3 +119,21 @@ def test_a_row_with_a_rate_limit_gets_its_turn_while_its_worker_is_never_idle(
     result.get(30)
     left = connection.execute(f"SELECT count(*) FROM {schema}.instances WHERE status = 'runnable'").fetchone()
     assert left[0] > 500
+
+
+def test_workers_sleep_though_the_next_token_comes_in_two_months(
+    tasks: Any, connection: Any, schema: str, durable_worker: Callable[..., Command]
+) -> None:
+    """poll() counts milliseconds in 32 bits, which is 24.8 days: whoever slept until the token ended in an error."""
+    command = durable_worker("worker", "-c", "1", DURABLE_RECONCILE_INTERVAL="0.02")
+    work = tasks.work
+    first, second = (work.apply_async(args=("quota", 0.0), rate_limit="quota") for _ in range(2))
+    first.get(30)
+    parked = f"SELECT FROM {schema}.instances WHERE lane = 'rate quota'"
+    wait_until(lambda: connection.execute(parked).fetchone() is not None, what="the second waits for a token")
+    children = command.started(count=2)
+    for _ in range(5):
+        work.apply_async(args=("plain", 0.0), countdown=0.1).get(30)
+    assert command.children() == children
+    assert "CRITICAL" not in command.output()
+    assert second.status == "runnable"

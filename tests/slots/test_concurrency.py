@@ -128,14 +128,14 @@ def test_sigterm_lets_running_steps_end_and_gives_the_rest_back(
     connection: psycopg.Connection[Any],
     pool: str,
 ) -> None:
-    worker = durable_worker("worker", "-P", pool, "-c", "4", "--prefetch", "10")
+    worker = durable_worker("worker", "-P", pool, "-c", "4", "--prefetch", "10", "-l", "debug")
     started, go = tmp_path / "started", tmp_path / "go"
     name = WAITS[pool]
     results = [tasks[name].delay(str(started), str(go)) for _ in range(4)]
     wait_until(lambda: len(lines(started)) == 4)
     waiting = [tasks["add"].delay(n) for n in range(5)]
     worker.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "drains" in worker.output())
+    wait_until(lambda: "steps are let end" in worker.output())
     go.touch()
     assert worker.process.wait(20) == 0  # a second signal would end it at once
     assert [result.status for result in results] == ["done"] * 4
@@ -167,14 +167,14 @@ def test_a_step_that_does_not_end_in_time_is_given_back_at_no_cost(
 def test_plain_steps_that_wait_for_a_thread_do_not_begin_during_a_drain(
     app: Durable, tasks: dict[str, Any], durable_worker: START, tmp_path: Path, connection: psycopg.Connection[Any]
 ) -> None:
-    worker = durable_worker("worker", "-P", "asyncio", "-c", "200")
+    worker = durable_worker("worker", "-P", "asyncio", "-c", "200", "-l", "debug")
     started, go = tmp_path / "started", tmp_path / "go"
     with app.batch():
         results = [tasks["wait"].delay(str(started), str(go)) for _ in range(200)]
     held = f"SELECT count(*) FROM {app.schema}.instances WHERE status = 'executing'"
     wait_until(lambda: connection.execute(held).fetchone() == (200,) and len(lines(started)) >= 8)
     worker.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "drains" in worker.output())
+    wait_until(lambda: "steps are let end" in worker.output())
     go.touch()
     assert worker.process.wait(20) == 0  # a second signal would end it at once
     statuses = [result.status for result in results]
