@@ -42,16 +42,20 @@ def main(context: click.Context, scale: float, runs: int, file: Path | None, pic
 
 
 def measure(sized: Sequence[tuple[Benchmark, Size]], file: Path | None, picture: Path | None) -> None:
-    """Run benchmarks on one server, print, and write what was asked for; if one fails, what was measured before it."""
+    """Run benchmarks on one server, print, and write what was asked for: without those that failed, said at the end."""
     if picture is not None and not plot.available():
         raise click.UsageError("--plot needs matplotlib: pip install 'durable-pg[bench]'")
-    console, measures = Console(), list[Measure]()
+    console, measures, failed = Console(), list[Measure](), list[str]()
     with bench_database() as database:
         about = report.surroundings(database)
         try:
             for one, size in sized:
                 began = time.monotonic()
-                measures += one.measure(database, size)
+                try:
+                    measures += one.measure(database, size)
+                except Exception:
+                    Console(stderr=True).print_exception()
+                    failed.append(one.name)
                 Console(stderr=True).print(f"{one.name}: {time.monotonic() - began:.0f} s", style="dim")
         finally:
             if measures:
@@ -62,6 +66,8 @@ def measure(sized: Sequence[tuple[Benchmark, Size]], file: Path | None, picture:
             shown = [one for one in measures if len(sized) == 1 or one.what.startswith("peers")]
             if picture is not None and shown:
                 plot.draw(picture, shown, about)
+    if failed:
+        raise click.ClickException(f"of {len(sized)} benchmarks {len(failed)} failed: {', '.join(failed)}")
 
 
 def _command(one: Benchmark) -> click.Command:

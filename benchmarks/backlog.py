@@ -73,6 +73,7 @@ def of_ours(database: Database, refill: bool) -> float:
             found = run_operation(connection, sql, claims.claim(worker, "default", ROWS, HEAD, HIGHEST, ()))
             spent.append(1000 * (time.monotonic() - began))
             _expect_full(len(found))
+        run_operation(connection, sql, workers.bury([worker]))
     finally:
         connection.close()
     return statistics.median(spent)

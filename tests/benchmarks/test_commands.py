@@ -12,9 +12,12 @@ from click.testing import CliRunner, Result
 from benchmarks import idle
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
+from benchmarks.database import Database
+from benchmarks.figures import Measure
 from benchmarks.peers import measure
 from benchmarks.peers.base import Finished, Peer
 from benchmarks.peers.catalogue import PEERS
+from benchmarks.registry import Benchmark, Size
 
 SMALL = {
     "enqueue": 20,
@@ -89,17 +92,34 @@ def test_a_command_says_and_writes_what_it_found(
 def test_the_bare_command_runs_all_with_their_targets(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of them stand for all: each has run by itself above."""
-    few = tuple(one for one in BENCHMARKS if one.name in ("enqueue", "backlog"))
-    monkeypatch.setattr("benchmarks.__main__.BENCHMARKS", few)
+    """In their order, on one schema: what one leaves there is in nobody's way."""
+    monkeypatch.setattr(idle, "SETTLE", 0.0)
+    monkeypatch.setattr(measure, "PEERS", (Absent,))
     file = tmp_path / "figures.json"
-    ran = invoke(database, "--scale", "0.0001", "--runs", "2", "--json", str(file))
+    ran = invoke(database, "--scale", "0.0001", "--runs", "1", "--json", str(file))
     assert ran.exit_code == 0, ran.output
-    document = json.loads(file.read_text())
-    assert [len(series["runs"]) for one in document["measures"] for series in one["series"]] == [2] * 9
-    targets = [target for one in document["measures"] for target in one["targets"]]
-    assert len(targets) == 4
+    ours = [one for one in json.loads(file.read_text())["measures"] if not one["what"].startswith("peers")]
+    assert {len(series["runs"]) for one in ours for series in one["series"]} == {1}
+    targets = [target for one in ours for target in one["targets"]]
+    assert len(targets) == 25
     assert all(isinstance(target["met"], bool) for target in targets)
+
+
+def test_what_was_measured_outlives_a_benchmark_that_fails(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(place: Database, size: Size) -> list[Measure]:
+        raise RuntimeError("no figure today")
+
+    (good,) = (one for one in BENCHMARKS if one.name == "enqueue")
+    two = (Benchmark("broken", broken, 1, "nothing"), good)
+    monkeypatch.setattr("benchmarks.__main__.BENCHMARKS", two)
+    file = tmp_path / "figures.json"
+    ran = invoke(database, "--scale", "0.0001", "--runs", "1", "--json", str(file))
+    assert ran.exit_code == 1
+    assert "no figure today" in ran.output
+    assert "of 2 benchmarks 1 failed: broken" in ran.output
+    assert len(json.loads(file.read_text())["measures"]) == 2
 
 
 def test_a_picture_is_drawn(database: str, tmp_path: Path) -> None:
