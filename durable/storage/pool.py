@@ -124,7 +124,8 @@ class ProducerPool:
                 self._sync = psycopg_pool.ConnectionPool(
                     self._dsn,
                     kwargs=self._kwargs,
-                    min_size=1,
+                    # With 1 the first call opens a second beside it, and calls take turns on two cold sessions.
+                    min_size=0,
                     max_size=self._size,
                     configure=self._configure,
                     check=_check,
