@@ -26,7 +26,7 @@ BENCHMARKS = (
     Benchmark("limits", limits, 200_000, "unlimited tasks; half as many throttled ones"),
     Benchmark("backlog", backlog, 1_000_000, "runnable rows, and as many scheduled ones"),
     Benchmark("snapshot", snapshot, 300_000, "no-op tasks"),
-    Benchmark("idle", idle, 20, "seconds to watch", processes=(10,), least=1),
+    Benchmark("idle", idle, 60, "seconds to watch: rare duties come every 15", processes=(10,), least=1),
     Benchmark("memory", memory, 200_000, "no-op tasks", processes=(4,)),
     Benchmark("peers", peers, 100_000, "no-op tasks of the fastest; the slower ones get fewer", processes=(1, 2)),
 )

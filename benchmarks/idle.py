@@ -17,9 +17,10 @@ NOBODY, EMPTY, WAITING = "nobody connected", OURS, f"{OURS}, parked on signals"
 CPU, QUERIES = "CPU of an idle worker command", "transactions of an idle worker command"
 WATCHES = 3
 """How often it is watched again when a process of it was replaced meanwhile: a machine that was suspended, say."""
-SETTLE = 12.0
-"""Seconds after which a command's start is no longer in what is counted: a session that fell idle adds what it did to
-the server's statistics after ten (PGSTAT_IDLE_INTERVAL)."""
+SETTLE = 20.0
+"""Seconds after which a command's start is no longer in what is counted: a process that was busy compares once what it
+holds (reconcile_interval, fifteen), and a session that fell idle adds what it did to the server's statistics after ten
+(PGSTAT_IDLE_INTERVAL)."""
 
 
 def run(database: Database, seconds: int, processes: int, parked: int, *, nobody: bool = False) -> Mapping[str, float]:
