@@ -23,6 +23,10 @@ _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 _OTHER_VARIABLES = {f"DURABLE_{name}" for name in ("APP", "DSN", "HOME", "PG_BIN", "SERVER_LINGER")}
 
+MAX_CRASHES = 32_767  # a smallint in the database
+MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
+_MESSAGE_BYTES = 512 * 1024 * 1024  # of a commit's results and states
+
 
 def _seconds(name: str, value: Any) -> float:
     seconds = _number(name, value)
@@ -56,6 +60,23 @@ def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31 - 1:
         raise ConfigError(f"{name} must be an integer from 1, got {shown(value)}")
     return value
+
+
+def _crashes(name: str, value: Any) -> int:
+    count = _count(name, value)
+    if count > MAX_CRASHES:
+        raise ConfigError(f"{name} must be at most {MAX_CRASHES:,}, got {shown(value)}")
+    return count
+
+
+def _payload_bytes(name: str, value: Any) -> int:
+    count = _count(name, value)
+    if count > MAX_PAYLOAD_BYTES:
+        raise ConfigError(
+            f"{name} must be at most {MAX_PAYLOAD_BYTES:,}, got {shown(value)}: store what is larger elsewhere, "
+            "and pass a reference"
+        )
+    return count
 
 
 def _count_or_none(name: str, value: Any) -> int | None:
@@ -163,8 +184,10 @@ class Config:
     prefetch: int | None = _setting(None, _auto_or_count, "most rows in a worker's buffer; auto: some 30 ms of work")
     min_demand: int | None = _setting(None, _auto_or_count, "least room in the buffer worth a claim; auto: half of it")
     max_attempts: int = _setting(20, _count, "attempts a task gets unless it says otherwise")
-    max_crashes: int = _setting(3, _count, "worker deaths in one step after which the instance fails")
-    max_payload_bytes: int = _setting(1024 * 1024, _count, "largest payload in bytes, before compression")
+    max_crashes: int = _setting(3, _crashes, "worker deaths in one step after which the instance fails")
+    max_payload_bytes: int = _setting(
+        1024 * 1024, _payload_bytes, "largest payload in bytes, before compression; at most 256 MiB"
+    )
     beat_grace: float = _setting(30.0, _seconds_or_zero, "seconds without a beat after which agents take its duties")
     accept_content: tuple[str, ...] = _setting(("json", "msgpack"), _words, "serializers whose payloads are loaded")
     serializer: str = _setting("json", _word, "serializer of payloads, unless a task says otherwise")
@@ -197,6 +220,11 @@ class Config:
         if setting is None:
             raise ConfigError(f"unknown setting {name!r}{near(name, self.names())}")
         object.__setattr__(self, name, setting.metadata["check"](name, value))
+
+    @property
+    def outcomes_per_commit(self) -> int:
+        """Most outcomes in one commit: `flush_batch`, or as many as surely fit one message to the server (1 GiB)."""
+        return min(self.flush_batch, max(1, _MESSAGE_BYTES // (2 * self.max_payload_bytes)))
 
     @classmethod
     def names(cls) -> list[str]:

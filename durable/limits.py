@@ -18,6 +18,8 @@ MAX_SHARDS = 64
 MAX_NUMBER = 1_000_000
 MAX_PER_SECOND = 100_000
 MAX_PERIOD = 366 * 86400.0
+MAX_REFILL = 1000 * MAX_PERIOD
+"""Seconds in which an empty bucket must be full again: dates end in the year 9999."""
 _NAME_BYTES = 100
 
 
@@ -50,6 +52,11 @@ class RateLimit:
         if self.allowed / period > MAX_PER_SECOND:
             raise ConfigError(f"RateLimit: {self.allowed:,} per {period:g} s is more than {MAX_PER_SECOND:,} a second")
         object.__setattr__(self, "burst", _count(self.allowed if self.burst is None else self.burst, "burst"))
+        if self.size * period / self.allowed > MAX_REFILL:
+            raise ConfigError(
+                f"RateLimit: {self.size:,} tokens at {self.allowed:,} per {period:g} s take more than a thousand years "
+                "to come back; lower the burst"
+            )
         if _count(self.shards, "RateLimit(shards=...)", MAX_SHARDS) > self.size:
             raise ConfigError(f"RateLimit: {self.shards} shards cannot share a burst of {self.size}")
 

@@ -20,7 +20,7 @@ from durable.machine import MachineDefinition
 from durable.outcomes import Next, ScheduleChildren
 from durable.runtime import reporting
 from durable.runtime.async_connections import Aside, AsyncConnections
-from durable.runtime.failures import failed
+from durable.runtime.failures import failed, log_failure
 from durable.runtime.machine_step import MachineRunner
 from durable.runtime.soft_limit import awithin
 from durable.runtime.step_transaction import StepAgain, StepTransaction
@@ -139,10 +139,14 @@ class AsyncExecutor:
             step, data, state = self._machines.loaded(claimed, definition)
         except (CorruptRowError, ValidationError) as error:
             return failed(claimed, error)
+        try:
+            machine = definition.cls()
+        except BaseException as error:  # there is nobody whose `handle` to ask
+            log_failure(log, claimed, error)
+            return failed(claimed, error)
         if app.conf.log_payloads:
             reporting.arguments(claimed, data)
         context: Context[Any] = Context(claimed, app, log, state, self._begin(execution), True)
-        machine = definition.cls()
         error_seen: BaseException
         try:
             async with aentered(context, self._connections.aside):

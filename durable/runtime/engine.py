@@ -170,7 +170,7 @@ class Engine:
 
     def _flush_if_due(self) -> None:
         while self._pacing.flush_is_due():
-            self._flush(self.outbox.take(self._app.conf.flush_batch))
+            self._flush(self.outbox.take(self._app.conf.outcomes_per_commit))
 
     def _flush(self, batch: Sequence[Commit]) -> None:
         owned = [commit for commit in batch if self.owns(commit.claimed)]
@@ -352,7 +352,7 @@ class Engine:
             return
         elif demand:
             until = min(until, self._limited.next_at)
-        self.outbox.wake_at = self._app.conf.flush_batch if pending else 1
+        self.outbox.wake_at = self._app.conf.outcomes_per_commit if pending else 1
         # An outcome that came before wake_at was set rang nobody.
         if len(self.outbox) == pending and not self._pacing.flush_is_due():
             self._poll.poll(poll_timeout(until))
@@ -369,7 +369,7 @@ class Engine:
         while not self.slot.ended or len(self.outbox):
             self._in_drain()
             if len(self.outbox):
-                self._flush(self.outbox.take(self._app.conf.flush_batch))
+                self._flush(self.outbox.take(self._app.conf.outcomes_per_commit))
                 continue
             left = (self._stop_asked() or 0.0) - time.monotonic()
             if left <= 0:

@@ -55,11 +55,15 @@ class MachineRunner:
             step, data, state = self.loaded(claimed, definition)
         except (CorruptRowError, ValidationError) as error:
             return failed(claimed, error)
+        try:
+            machine = definition.cls()
+        except BaseException as error:  # there is nobody whose `handle` to ask
+            log_failure(log, claimed, error)
+            return failed(claimed, error)
         if self._app.conf.log_payloads:
             reporting.arguments(claimed, data)
         is_async = claimed.step in definition.async_steps
         context: Context[Any] = Context(claimed, self._app, log, state, self._begin, is_async)
-        machine = definition.cls()
         error_seen: BaseException
         try:
             with entered(context):
@@ -124,7 +128,9 @@ class MachineRunner:
     def outcome(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
         """Turn an outcome into a Commit. Raises OutcomeError, PayloadError, ValidationError: errors of the step."""
         serializer = definition.options.serializer
-        awaited = [signal.id for signal in context.awaited] if claimed.awaits else []
+        # A retry consumes none, so that one that can't be read does not keep a step from coming again.
+        looks = bool(claimed.awaits) and not isinstance(value, Retry)
+        awaited = [signal.id for signal in context.awaited] if looks else []
         match value:
             case Done(result):
                 return Commit(claimed, "done", self._codec.encode(result, "result", serializer))

@@ -69,6 +69,6 @@ class ManyPacing:
         waiting = len(self._outbox)
         if not waiting:
             return False
-        if waiting >= self._conf.flush_batch or not self._slots.running:
+        if waiting >= self._conf.outcomes_per_commit or not self._slots.running:
             return True
         return time.monotonic() - self._outbox.oldest_at >= self._conf.flush_delay

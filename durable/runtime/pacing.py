@@ -82,7 +82,7 @@ class Pacing:
         waiting = len(self._outbox)
         if not waiting:
             return False
-        if waiting >= self._conf.flush_batch or self._buffer.slot_waits or self._outbox.slot_waits:
+        if waiting >= self._conf.outcomes_per_commit or self._buffer.slot_waits or self._outbox.slot_waits:
             return True
         if not self._slot.running and not len(self._buffer):
             return True  # it has just run its last, and is about to wait

@@ -149,4 +149,5 @@ def _parent_of(pid: int) -> int:
 
 def _stat(entry: Path) -> list[str]:
     """State, parent and so on of a process or thread."""
-    return (entry / "stat").read_text().rpartition(")")[2].split()
+    # Whoever names a process may name it in bytes that are no text: the kernel cuts names at fifteen of them.
+    return (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from durable.instance import Claimed
@@ -132,15 +132,16 @@ def _assess_buckets(
 ) -> Operation[None]:
     locked = yield "lock_buckets", {"buckets": TextArray(buckets)}
     there = yield "bucket_shards", {"buckets": TextArray(buckets)}
-    now = max(row[2] for row in there)
+    # In a time zone with daylight saving Python subtracts wall clocks: two seconds over an autumn's hour are an hour.
+    now = max(row[2] for row in there).astimezone(UTC)
     for name in buckets:
         allowed, period, burst, shards = rates[name_of(name)]
         bucket = Bucket(now, token_time(period, allowed, shards), {})
         for _, number, full_at, opens_at, _ in (row for row in locked if row[0] == name):
             if number < shards:
-                bucket.shards[number] = Tokens(full_at, share(burst, shards, number))
+                bucket.shards[number] = Tokens(full_at.astimezone(UTC), share(burst, shards, number))
             if number == 0:
-                bucket.opens_at = opens_at
+                bucket.opens_at = opens_at and opens_at.astimezone(UTC)
         existing = {row[1] for row in there if row[0] == name}
         # A cold bucket is full; a shard that a change of the limit adds is as far as the others.
         as_of = max([now, *(shard.full_at for shard in bucket.shards.values())])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
@@ -99,7 +99,8 @@ def fire(unreadable: Sequence[str], limit: int = 50, into: Fired | None = None) 
         except (DefinitionError, TypeError):
             fired.unreadable.append(name)
             continue
-        occurrences, following = occurrences_due(schedule, misfire, next_at, now)
+        # In UTC: in a zone with daylight saving Python subtracts wall clocks, and what is in time seems an hour late.
+        occurrences, following = occurrences_due(schedule, misfire, next_at.astimezone(UTC), now.astimezone(UTC))
         due = max(len(occurrences), 1)
         if overlap == "skip":
             occurrences = [] if busy else occurrences[-1:]

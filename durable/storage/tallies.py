@@ -11,6 +11,8 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from durable.limits import MAX_REFILL
+
 _MICROSECOND = timedelta(microseconds=1)
 MOST_SIMULATED = 1000
 """Tokens whose times are worked out one by one."""
@@ -84,6 +86,10 @@ class Key:
         return number
 
 
+MOST_OWED = timedelta(seconds=2 * MAX_REFILL)
+"""What rows may owe a bucket: a limit that was lowered makes dear tokens of those that waited before."""
+
+
 @dataclass(slots=True)
 class Tokens:
     """One shard of a bucket, locked: when it is full again, what it holds then."""
@@ -146,7 +152,8 @@ class Bucket:
             if number == by_tokens[-1]:
                 part = left
             if part:
-                shard.full_at = max(shard.full_at, self.now) + part * self.token
+                owed = min(part, MOST_OWED // self.token) * self.token
+                shard.full_at = min(max(shard.full_at, self.now) + owed, self.now + MOST_OWED)
                 self.changed.add(number)
             left -= part
 
@@ -160,7 +167,8 @@ class Bucket:
         ]
         if len(nexts) == 1:
             at, number = nexts[0]
-            return min(at + (lacking - 1) * self.token, self.shards[number].full_at)
+            wait = min(lacking - 1, MOST_OWED // self.token) * self.token
+            return min(at + wait, self.shards[number].full_at)
         heapq.heapify(nexts)
         at = self.now
         # Too early for more than these, and for more than the bucket holds beside what is left for others: whoever

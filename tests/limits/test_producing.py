@@ -118,6 +118,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
         lambda: RateLimit(1, burst=0),
         lambda: RateLimit(1, burst=2, shards=3),
         lambda: RateLimit(1_000_000, 0.001),
+        lambda: RateLimit(1, 366 * 86400.0, burst=1001),
         lambda: RateLimit(True),
         lambda: ConcurrencyLimit(0),
         lambda: ConcurrencyLimit(-1),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 
-from durable.storage.tallies import Bucket, Key, Slots, Tokens, share, token_time
+from durable.storage.admission import _assess_buckets
+from durable.storage.tallies import MOST_OWED, Bucket, Key, Slots, Tokens, share, token_time
+from durable.storage.verdicts import Demand, Tally
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -67,3 +70,28 @@ def test_a_gate_that_shrinks_keeps_what_is_drawn_and_gives_the_rest_up() -> None
 def test_an_instance_without_a_slot_takes_room_in_the_gate() -> None:
     key = Key(held=1, shards={0: Slots(2, 2, 1)})
     assert key.free == 0
+
+
+def test_what_rows_owe_and_wait_for_ends_before_dates_do() -> None:
+    """A limit that was lowered to one a month meets the rows of weight a million that waited under the old one."""
+    held = Bucket(NOW, timedelta(days=30), {0: Tokens(NOW, 1)})
+    assert held.fits(1_000_000)
+    held.take(1_000_000)
+    held.take(1_000_000)
+    assert held.shards[0].full_at == NOW + MOST_OWED
+    held.reserve(2**31)
+    assert NOW < held.opens_for(1) <= NOW + MOST_OWED
+
+
+def test_a_bucket_is_not_empty_for_an_hour_when_clocks_go_back() -> None:
+    """psycopg returns times in the session's zone, and Python subtracts those by their wall clocks."""
+    berlin = ZoneInfo("Europe/Berlin")
+    full_at = datetime(2026, 10, 25, 0, 59, 59, tzinfo=UTC).astimezone(berlin)  # 02:59:59
+    now = datetime(2026, 10, 25, 1, 0, 1, tzinfo=UTC).astimezone(berlin)  # 02:00:01, two seconds later
+    tally = Tally(Demand(1, "default", 1, 1, True))
+    assess = _assess_buckets(tally, ["mail"], {"mail": (5, SECOND, 5, 1)})
+    assert next(assess)[0] == "lock_buckets"
+    assert assess.send([("mail", 0, full_at, full_at, None)])[0] == "bucket_shards"
+    with pytest.raises(StopIteration):
+        assess.send([("mail", 0, now)])
+    assert tally.buckets["mail"].tokens == 5

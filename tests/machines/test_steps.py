@@ -628,3 +628,47 @@ def test_a_cancel_before_an_inline_hop_runs_no_further_step(app: Durable, driver
     driver.flush(commit)
     assert view.status(result.id) == "cancelled"
     assert driver.claims() == []
+
+
+def test_a_machine_that_cannot_be_made_fails_for_what_its_constructor_raises(
+    app: Durable, driver: Driver, view: View
+) -> None:
+    @app.machine(name="unmade")
+    class Unmade(Machine):
+        def __init__(self) -> None:
+            raise ConnectionError("no server there")
+
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return Done()
+
+    result = app.insert(Unmade)
+    driver.step()
+    with pytest.raises(TaskFailed, match="ConnectionError: no server there"):
+        result.get(timeout=5)
+
+
+def test_a_step_that_asks_to_come_again_may_be_shown_a_signal_that_it_cannot_read(
+    app: Durable, driver: Driver, view: View, connection: Any
+) -> None:
+    @app.machine(name="patient")
+    class Patient(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return Await("go", then=self.woken)
+
+        @step
+        def woken(self, ctx: Context) -> Any:
+            if ctx.attempt == 0:
+                raise ctx.retry(countdown=0)
+            return Done(ctx.awaited[0].payload)
+
+    result = app.insert(Patient)
+    driver.step()
+    result.signal("go", 5)
+    change = f"UPDATE {app.schema}.signals SET payload_type = %s"
+    connection.execute(change, ["yaml"])
+    assert driver.step().kind == "retry"
+    connection.execute(change, ["json"])
+    driver.step()
+    assert result.get(timeout=5) == 5

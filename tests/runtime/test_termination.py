@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from durable.runtime import termination
+from durable.runtime.process import name_process
 from durable.runtime.shared import Entered, Seat, SharedSeats
 from durable.runtime.termination import kill_running
 from tests.fix_db import wait_until
@@ -196,5 +197,21 @@ def test_where_the_kernel_has_no_handles_the_pid_does(
 
     pid = child(run)
     wait_until(lambda: seat.entered is not None)
+    assert kill_running(seat, Entered(5, 2), ME)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_one_whose_name_is_no_text_is_killed_too(seat: Seat, child: Callable[..., int]) -> None:
+    """The kernel cuts names at fifteen bytes, within a letter if need be."""
+
+    def run() -> None:
+        name_process("\N{CYRILLIC SMALL LETTER O}" * 8)
+        seat.enter(5, 2, 0.0)
+        time.sleep(600)
+
+    pid = child(run)
+    wait_until(lambda: seat.entered is not None)
+    with pytest.raises(UnicodeDecodeError):
+        Path(f"/proc/{pid}/stat").read_text()
     assert kill_running(seat, Entered(5, 2), ME)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL

@@ -116,6 +116,12 @@ TASKS = """
             ctypes.PyDLL(None).usleep(int(60e6))
         return "let go"
 
+    @app.machine(name="unmade")
+    class Unmade(Machine):
+        def __init__(self): raise ConnectionError("no server there")
+        @step(initial=True)
+        async def start(self, ctx): return Done()
+
     running, most = 0, 0
 
     @app.task(name="alone")

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable import Durable
+from durable import Durable, TaskFailed
 from tests.fix_db import wait_until
 from tests.slots.conftest import POOLS, START, WAITS, lines
 
@@ -180,3 +180,25 @@ def test_plain_steps_that_wait_for_a_thread_do_not_begin_during_a_drain(
     statuses = [result.status for result in results]
     assert statuses.count("done") == len(lines(started)) < 200
     assert statuses.count("runnable") == 200 - len(lines(started))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_machine_that_cannot_be_made_is_no_trouble_to_its_neighbours(
+    app: Durable, tasks: dict[str, Any], durable_worker: START, pool: str
+) -> None:
+    worker = durable_worker("worker", "-P", pool, "-c", "5")
+    children = worker.started(count=2)
+    from durable import Done, Machine, step
+
+    @app.machine(name="unmade")
+    class Unmade(Machine):
+        @step(initial=True)
+        def start(self, ctx: Any) -> Any:
+            return Done()
+
+    for _ in range(3):
+        result = app.insert(Unmade)
+        with pytest.raises(TaskFailed, match="ConnectionError: no server there"):
+            result.get(timeout=20)
+    assert tasks["add"].delay(1).get(timeout=20) == 2
+    assert worker.children() == children

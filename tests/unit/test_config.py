@@ -84,6 +84,8 @@ BAD_VALUES = [
     ("flush_batch", True),
     ("flush_batch", 2**31),
     ("max_attempts", 0),
+    ("max_crashes", 32_768),
+    ("max_payload_bytes", 2**28 + 1),
     ("prefetch", 0),
     ("prefetch", "lots"),
     ("reaper", "ture"),
@@ -184,3 +186,9 @@ def test_assigning_a_setting_checks_and_converts_it() -> None:
     assert config.lease_ttl == 30.0
     with pytest.raises(ConfigError):
         config.lease_ttl = "thirty"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("megabytes", "outcomes"), [(1, 200), (2, 128), (64, 4), (256, 1)])
+def test_a_commit_holds_as_many_outcomes_as_surely_fit_a_message_to_the_server(megabytes: int, outcomes: int) -> None:
+    assert Config(max_payload_bytes=megabytes * 2**20).outcomes_per_commit == outcomes
+    assert Config(max_payload_bytes=megabytes * 2**20, flush_batch=3).outcomes_per_commit == min(3, outcomes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -11,7 +12,7 @@ from durable import Durable, Machine, crontab, every, step
 from durable.errors import ConfigError, DefinitionError, ValidationError
 from durable.instance import Payload
 from durable.schedules import Schedule, from_template, parse, template
-from durable.storage.schedules import AT_ONCE, occurrences_due
+from durable.storage.schedules import AT_ONCE, fire, occurrences_due
 
 
 def after(schedule: Schedule, moment: str, count: int = 3) -> list[str]:
@@ -313,3 +314,14 @@ def test_wrong_entries_are_told_apart_from_the_right_ones(app: Durable) -> None:
 def test_a_template_of_newer_code_is_not_read_wrongly() -> None:
     with pytest.raises(TypeError):
         from_template({"machine": "m", "of_the_future": 1}, Payload("json", b"{}"))
+
+
+def test_what_is_due_two_seconds_ago_is_not_an_hour_late_when_clocks_go_forward() -> None:
+    """psycopg returns times in the session's zone, and Python subtracts those by their wall clocks."""
+    berlin = ZoneInfo("Europe/Berlin")
+    due = datetime(2026, 3, 29, 0, 59, 59, tzinfo=UTC).astimezone(berlin)  # 01:59:59
+    now = datetime(2026, 3, 29, 1, 0, 1, tzinfo=UTC).astimezone(berlin)  # 03:00:01
+    firing = fire([])
+    assert next(firing)[0] == "due_schedules"
+    row = ("s", "every 86400000000 us", "UTC", "skip", "all", due, {"machine": "m"}, "json", b"{}", now, False, None)
+    assert firing.send([row])[0] == "insert_many"
