@@ -65,16 +65,16 @@ def of_ours(database: Database, refill: bool) -> float:
     sql = Statements(database.schema)
     connection = connect(database.dsn, "bench", pinned=True)
     spent = []
+    me = Identity("worker", "bench", "host", "boot", 1, 1, "start", "default")
+    worker = run_operation(connection, sql, workers.register(me, 600.0))
     try:
-        me = Identity("worker", "bench", "host", "boot", 1, 1, "start", "default")
-        worker = run_operation(connection, sql, workers.register(me, 600.0))
         for _ in range(CLAIMS):
             began = time.monotonic()
             found = run_operation(connection, sql, claims.claim(worker, "default", ROWS, HEAD, HIGHEST, ()))
             spent.append(1000 * (time.monotonic() - began))
             _expect_full(len(found))
-        run_operation(connection, sql, workers.bury([worker]))
     finally:
+        run_operation(connection, sql, workers.bury([worker]))
         connection.close()
     return statistics.median(spent)
 

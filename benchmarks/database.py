@@ -139,10 +139,10 @@ def migrated(dsn: str, schema: str) -> Iterator[Database]:
     try:
         app.migrate()
         yield Database(dsn, schema)
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            connection.execute(f"DROP SCHEMA {schema} CASCADE")
     finally:
         app.close()
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
 
 
 @contextmanager

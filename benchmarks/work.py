@@ -49,7 +49,7 @@ def _server_cpu(database: Database) -> float:
 
 def _stat(pid: int) -> list[int]:
     """The numbers of /proc/PID/stat behind the state; [1] the parent, [11:15] the times (the first is put as 0)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     return [0, *map(int, fields[1:])]
 
 

@@ -179,7 +179,9 @@ class Config:
         None, _mapping_or_none, "periodic work as Celery writes it: name -> {task, schedule, args, kwargs, options}"
     )
     drain_timeout: float = _setting(10.0, _seconds_or_zero, "seconds that running steps get to end at shutdown")
-    flush_batch: int = _setting(200, _count, "most outcomes in one commit")
+    flush_batch: int = _setting(
+        200, _count, "most outcomes in one commit; at most 256 divided by `max_payload_bytes` in MiB"
+    )
     flush_delay: float = _setting(0.002, _seconds_or_zero, "longest wait in seconds for more outcomes while steps run")
     prefetch: int | None = _setting(None, _auto_or_count, "most rows in a worker's buffer; auto: some 30 ms of work")
     min_demand: int | None = _setting(None, _auto_or_count, "least room in the buffer worth a claim; auto: half of it")

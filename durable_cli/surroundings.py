@@ -73,7 +73,7 @@ def settings(found: Mapping[str, str], conf: Config) -> Iterator[Finding]:
     for name, why in _TIMEOUTS.items():
         seconds = int(found.get(name, "0")) / 1000  # not every version has each
         if 0 < seconds < max(SHORT, conf.flush_delay):
-            reason = why.format(batch=conf.flush_batch, delay=conf.flush_delay)
+            reason = why.format(batch=conf.outcomes_per_commit, delay=conf.flush_delay)
             yield finding(
                 WARNING,
                 f"{name} is {seconds * 1000:g} ms for this role, and {reason}; it is then done again",

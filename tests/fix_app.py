@@ -80,7 +80,7 @@ class Command:
         found = []
         for status in Path("/proc").glob("[0-9]*/status"):
             try:
-                text = status.read_text()
+                text = status.read_text(errors="replace")
             except OSError:
                 continue
             fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)

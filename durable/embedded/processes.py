@@ -50,7 +50,7 @@ def is_server(pid: int, data: Path) -> bool:
         return True
     try:
         # The name, too: a shell that somebody left in the data directory is not a server.
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
         return name in ("postgres", "postmaster") and os.path.samefile(f"/proc/{pid}/cwd", data)
     except OSError:  # gone, a zombie, or another user's
         return False

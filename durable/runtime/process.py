@@ -59,9 +59,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def name_process(title: str) -> None:
-    """Set what `ps -o comm` and `top` show; at most 15 characters count."""
+    """Set what `ps -o comm` and `top` show; at most 15 bytes count, and of those whole letters only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(
+            _PR_SET_NAME, title.encode()[:15].decode(errors="ignore").encode(), 0, 0, 0
+        )
 
 
 def describe_exit(status: int) -> str:

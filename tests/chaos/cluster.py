@@ -327,7 +327,7 @@ def family(parent: int, title: str) -> list[int]:
             continue  # that thread has ended
         for pid in pids:
             try:
-                name = Path(f"/proc/{pid}/comm").read_text()
+                name = Path(f"/proc/{pid}/comm").read_text(errors="replace")
             except OSError:
                 continue
             if name.startswith(title) and alive(int(pid)):
@@ -338,7 +338,7 @@ def family(parent: int, title: str) -> list[int]:
 def alive(pid: int) -> bool:
     """Whether a process is there, and no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 

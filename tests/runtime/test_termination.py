@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from durable.embedded.processes import is_server
 from durable.runtime import termination
-from durable.runtime.process import name_process
+from durable.runtime.process import _PR_SET_NAME, name_process
 from durable.runtime.shared import Entered, Seat, SharedSeats
 from durable.runtime.termination import kill_running
 from tests.fix_db import wait_until
 
 ME = os.getpid()
+NO_TEXT = ("\N{CYRILLIC SMALL LETTER O}" * 8).encode()
+"""The kernel cuts a process's name at fifteen bytes: here within a letter."""
 
 
 @pytest.fixture
@@ -202,10 +206,8 @@ def test_where_the_kernel_has_no_handles_the_pid_does(
 
 
 def test_one_whose_name_is_no_text_is_killed_too(seat: Seat, child: Callable[..., int]) -> None:
-    """The kernel cuts names at fifteen bytes, within a letter if need be."""
-
     def run() -> None:
-        name_process("\N{CYRILLIC SMALL LETTER O}" * 8)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, NO_TEXT, 0, 0, 0)
         seat.enter(5, 2, 0.0)
         time.sleep(600)
 
@@ -215,3 +217,22 @@ def test_one_whose_name_is_no_text_is_killed_too(seat: Seat, child: Callable[...
         Path(f"/proc/{pid}/stat").read_text()
     assert kill_running(seat, Entered(5, 2), ME)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_a_process_is_named_in_whole_letters_and_one_that_is_not_is_no_server(
+    seat: Seat, child: Callable[..., int], tmp_path: Path
+) -> None:
+    def run() -> None:
+        name_process("durable:\N{CYRILLIC SMALL LETTER O}" + "\N{CYRILLIC SMALL LETTER O}" * 8)
+        seat.worker_id = 1
+        wait_until(lambda: seat.worker_id == 2)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, NO_TEXT, 0, 0, 0)
+        seat.worker_id = 3
+        time.sleep(600)
+
+    pid = child(run)
+    wait_until(lambda: seat.worker_id == 1)
+    assert Path(f"/proc/{pid}/comm").read_text() == "durable:" + "\N{CYRILLIC SMALL LETTER O}" * 3 + "\n"
+    seat.worker_id = 2
+    wait_until(lambda: seat.worker_id == 3)
+    assert not is_server(pid, tmp_path)
