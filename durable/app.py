@@ -309,9 +309,10 @@ class Durable(Registry, QueueControl):
         """Return the DSN; an embedded server is started or joined, and its schema made, when there is none."""
         dsn = self.database.dsn()
         if self.database.embedded and not self.embedded_schema_made:
-            self.embedded_schema_made = True
+            # Whoever asks meanwhile migrates too, one after the other: nobody goes on before the tables are there.
             with psycopg.connect(dsn, autocommit=True) as connection:
                 migrations.migrate(connection, self.schema)
+            self.embedded_schema_made = True
         return dsn
 
     @cached_property

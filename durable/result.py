@@ -285,11 +285,12 @@ class Watcher:
         """Return a future of the finished snapshot."""
         future: Future[Snapshot] = Future()
         with self._wake:
+            if self._thread is None:
+                thread = threading.Thread(target=self._watch, name="durable-results", daemon=True)
+                thread.start()  # where no thread can be had, nothing is left that waits for one
+                self._thread = thread
             self._waiting.setdefault(instance_id, []).append((future, time.monotonic()))
             self._fresh = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="durable-results", daemon=True)
-                self._thread.start()
             self._wake.notify()
         return future
 

@@ -98,8 +98,10 @@ class Wakeups:
     def owed(self) -> list[Operation[Any]]:
         """Return the notifications that were saved and never made up for."""
         operations = []
-        while self._owed:
-            queue, text = self._owed.popitem()
+        for queue in list(self._owed):
+            text = self._owed.pop(queue, None)
+            if text is None:
+                continue  # another thread has just sent it
             self._last[queue] = self._clock()
             operations.append(self._notify(self._queue_channel, text))
         return operations

@@ -64,7 +64,7 @@ WITH inserted AS (
 SELECT array_agg(id ORDER BY id) FROM inserted;
 
 -- name: new_ids
--- Ids for a batch that is copied in, and the time. Params: count int.
+-- Ids for a batch that is copied in or has correlation keys, and the time. Params: count int.
 -- Rows: one: ids, rising; clock_timestamp() in microseconds since 2000.
 SELECT (SELECT array_agg(nextval('{schema}.instance_ids')) FROM generate_series(1, %(count)s::int)),
        ((extract(epoch FROM clock_timestamp()) - 946684800) * 1000000)::bigint;
@@ -80,20 +80,19 @@ FROM STDIN (FORMAT binary);
 -- name: insert_many_keyed
 -- Insert a batch with correlation keys in the order given, which is key order, so that two batches with the same new
 -- keys cannot deadlock; duplicates are dropped. (Keys are not sorted here: a database's collation may differ from the order across statements.)
--- Params: as insert_many; correlation_keys; correlation_scopes as comma separated text.
--- Rows:   one: the ids meant for the input, in its order; those that were inserted. (A join of the two would be
---         quadratic in a session with pinned plans.)
+-- Params: as insert_many; ids; correlation_keys; correlation_scopes as comma separated text.
+-- Rows:   one: those of the ids that were inserted.
 WITH input AS MATERIALIZED (
-    SELECT nextval('{schema}.instance_ids') AS id, u.*
+    SELECT u.*
     FROM (
         SELECT * FROM unnest(
-            %(queues)s::text[], %(priorities)s::int[], %(delays)s::float8[], %(ats)s::timestamptz[],
+            %(ids)s::bigint[], %(queues)s::text[], %(priorities)s::int[], %(delays)s::float8[], %(ats)s::timestamptz[],
             %(expires_ins)s::float8[], %(expires_ats)s::timestamptz[], %(machines)s::text[],
             %(machine_versions)s::int[], %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[],
             %(max_attempts)s::int[], %(correlation_keys)s::text[], %(correlation_scopes)s::text[],
             %(parent_ids)s::bigint[], %(parent_rounds)s::int[], %(concurrency_keys)s::text[], %(rate_limits)s::text[],
             %(weights)s::int[], %(lanes)s::text[], %(traces)s::text[]
-        ) WITH ORDINALITY AS a (queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
+        ) WITH ORDINALITY AS a (id, queue, priority, delay, at, expires_in, expires_at, machine, machine_version, step,
                                 state_type, state, max_attempts, correlation_key, correlation_scope, parent_id,
                                 parent_round, concurrency_key, rate_limit, weight, lane, trace, n)
         ORDER BY a.n
@@ -114,7 +113,7 @@ WITH input AS MATERIALIZED (
     ON CONFLICT DO NOTHING
     RETURNING id
 )
-SELECT (SELECT array_agg(id ORDER BY n) FROM input), (SELECT array_agg(id) FROM inserted);
+SELECT array_agg(id) FROM inserted;
 
 -- name: occupant
 -- Who occupies a correlation key.
@@ -220,7 +219,8 @@ LEFT JOIN {schema}.instances AS i
 
 -- name: retry_failed
 -- Put a failed instance back under the same id, at its failed step, in one statement: token and version go on, attempt
--- and crashes begin again, its inbox is empty. A barrier that counted it does not count it again (parent_round goes).
+-- and crashes begin again. Its inbox is empty but for a signal whose commit its failure waited for. A barrier that
+-- counted it does not count it again (parent_round goes).
 -- An occupied correlation key is a unique violation, and nothing is moved. Params: id bigint. Rows: id, queue.
 WITH gone AS (
     DELETE FROM {schema}.history WHERE id = %(id)s AND status = 'failed' RETURNING *
@@ -228,17 +228,18 @@ WITH gone AS (
     UPDATE {schema}.instances
     SET status = 'runnable', eligible_at = clock_timestamp(), finished_at = NULL, attempt = 0, crashes = 0,
         result_type = NULL, result = NULL, cancel_requested = false, terminate_requested = false,
-        expires_at = NULL, inbox = false, awaits = NULL, shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
+        expires_at = NULL, inbox = EXISTS (SELECT FROM {schema}.signals WHERE target_id = %(id)s), awaits = NULL,
+        shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
     WHERE id = %(id)s AND status = 'failed'
     RETURNING id, queue
 ), back AS (
     INSERT INTO {schema}.instances
         (id, eligible_at, created_at, status, token, version, machine_version, priority, max_attempts, queue, machine,
          step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round, concurrency_key,
-         rate_limit, weight, trace)
+         rate_limit, weight, trace, inbox)
     SELECT id, clock_timestamp(), created_at, 'runnable', token, version, machine_version, priority, max_attempts, queue,
            machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round,
-           concurrency_key, rate_limit, weight, trace
+           concurrency_key, rate_limit, weight, trace, EXISTS (SELECT FROM {schema}.signals WHERE target_id = %(id)s)
     FROM gone
     RETURNING id, queue
 )

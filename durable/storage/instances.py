@@ -26,6 +26,8 @@ from durable.storage.session import Copied, Operation, Row
 
 INSERT_CHUNK = 5000
 """Rows of one insert statement; larger batches take several in one transaction."""
+MOST_BYTES = 256 * 1024 * 1024
+"""Of payloads in one insert statement with keys: a message of 1 GiB ends the connection."""
 COPY_FROM = 200
 """Rows from which a COPY is worth its two more round trips."""
 
@@ -75,18 +77,23 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
     parked, leaders = _park_behind_the_best(batch)
     keys = [new.correlation_key for new in batch]
     keyed = sorted((n for n, key in enumerate(keys) if key is not None), key=lambda n: keys[n] or "")
-    for chunk in _chunks(keyed):
+    unkeyed = [n for n, key in enumerate(keys) if key is None] if keyed else list(range(len(batch)))
+    drawn, now = [], 0
+    if keyed or len(unkeyed) >= COPY_FROM:
+        # Ids rise in the given order, whatever the order of writing: children are read in theirs.
+        ((drawn, now),) = yield "new_ids", {"count": len(batch)}
+    for chunk in _chunks_by_size(keyed, batch):
         rows = [batch[n] for n in chunk]
-        columns = _columns(rows, [parked[n] for n in chunk]) | _key_columns(rows)
-        ((meant, inserted),) = yield "insert_many_keyed", columns
+        columns = _columns(rows, [parked[n] for n in chunk]) | _key_columns(rows, [drawn[n] for n in chunk])
+        ((inserted,),) = yield "insert_many_keyed", columns
         there = set(inserted or ())
-        for n, instance_id in zip(chunk, meant, strict=True):
-            if instance_id in there:
-                ids[n] = instance_id
-    for chunk in _chunks([n for n, key in enumerate(keys) if key is None]):
+        for n in chunk:
+            if drawn[n] in there:
+                ids[n] = drawn[n]
+    for chunk in _chunks(unkeyed):
         rows, lanes = [batch[n] for n in chunk], [parked[n] for n in chunk]
-        if len(chunk) >= COPY_FROM:
-            ((made, now),) = yield "new_ids", {"count": len(chunk)}
+        if drawn:
+            made = [drawn[n] for n in chunk]
             yield "copy_instances", Copied(instance_rows(rows, made, now, lanes))
         else:
             ((made,),) = yield "insert_many", _columns(rows, lanes)
@@ -124,6 +131,20 @@ def _chunks(order: list[int]) -> Iterator[list[int]]:
         yield order[start : start + INSERT_CHUNK]
 
 
+def _chunks_by_size(order: list[int], batch: Sequence[NewInstance]) -> Iterator[list[int]]:
+    """`_chunks`, each with no more payload than surely fits a message to the server."""
+    chunk: list[int] = []
+    size = 0
+    for n in order:
+        size += len(batch[n].state.body)
+        if chunk and (size > MOST_BYTES or len(chunk) == INSERT_CHUNK):
+            yield chunk
+            chunk, size = [], len(batch[n].state.body)
+        chunk.append(n)
+    if chunk:
+        yield chunk
+
+
 def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict[str, Any]:
     return {
         "queues": TextArray([new.queue for new in batch]),
@@ -148,9 +169,10 @@ def _columns(batch: Sequence[NewInstance], parked: Sequence[str | None]) -> dict
     }
 
 
-def _key_columns(batch: Sequence[NewInstance]) -> dict[str, Any]:
+def _key_columns(batch: Sequence[NewInstance], ids: Sequence[int]) -> dict[str, Any]:
     scopes = [new.correlation_scope for new in batch]
     return {
+        "ids": Int8Array(ids),
         "correlation_keys": TextArray([new.correlation_key for new in batch]),
         "correlation_scopes": TextArray([None if scope is None else ",".join(scope) for scope in scopes]),
     }

@@ -383,6 +383,15 @@ def test_a_canvas_can_be_inserted_batched_and_be_the_child_of_a_machine(tasks: T
     assert [result.get(timeout=1) for result in results] == [[10, 2], 10, 10, 10, 3]
 
 
+def test_results_of_a_group_are_in_its_order_whatever_keys_its_parts_have(tasks: Tasks, driver: Driver) -> None:
+    keys = [None, "b", None, "a", "c"]
+    result = group(
+        tasks.add.s(n, 0).set(**({"correlation_key": key} if key else {})) for n, key in enumerate(keys)
+    ).delay()
+    driver.drain()
+    assert result.get(timeout=1) == [0, 1, 2, 3, 4]
+
+
 def test_cancelling_a_canvas_with_cascade_ends_its_parts(tasks: Tasks, driver: Driver) -> None:
     result = group(tasks.add.s(1, 1).set(countdown=1000), tasks.add.s(1, 1) | tasks.add.s(1).set(countdown=9)).delay()
     driver.drain()

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable import Context, Done, DuplicateError, Durable, Machine, Next, ScheduleChildren, step
+from durable import Await, Context, Done, DuplicateError, Durable, Machine, Next, ScheduleChildren, step
 from durable.errors import ValidationError
 from tests.machines.driver import Driver, Drivers
 
@@ -152,3 +152,37 @@ def test_on_conflict_returns_the_occupant(app: Durable) -> None:
 
 def _boom() -> None:
     raise RuntimeError("no")
+
+
+def test_a_signal_that_came_with_the_failure_is_shown_after_the_retry(
+    app: Durable, driver: Driver, connection: psycopg.Connection[Any]
+) -> None:
+    """Its sender's transaction committed while the failure waited for the row, too late for the failure to see it."""
+    broken = [True]
+
+    @app.machine(name="waits")
+    class Waits(Machine):
+        @step(initial=True)
+        def first(self, ctx: Context) -> Any:
+            if broken[0]:
+                raise RuntimeError("the service was down")
+            return Await("paid", then=self.second)
+
+        @step
+        def second(self, ctx: Context) -> Any:
+            return Done([signal.payload for signal in ctx.awaited])
+
+    results = [Waits.delay(), app.insert(Waits, correlation_key="kept", correlation_scope=["failed"])]
+    driver.drain()
+    assert [result.status for result in results] == ["failed", "failed"]
+    for result in results:
+        connection.execute(
+            f"INSERT INTO {app.schema}.signals (target_id, name, payload_type, payload)"
+            " VALUES (%s, 'paid', 'json', '5')",
+            [result.id],
+        )
+    broken[0] = False
+    for result in results:
+        assert app.retry(result.id)
+    driver.drain()
+    assert [app.result(result.id).get(timeout=1) for result in results] == [[5], [5]]

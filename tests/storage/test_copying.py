@@ -81,7 +81,29 @@ def test_only_large_batches_without_keys_are_copied(rows: Rows) -> None:
     keyed = [new(correlation_key=f"k{n}") for n in range(COPY_FROM)]
     assert statements(few) == ["insert_many"]
     assert statements(many) == ["new_ids", "copy_instances"]
-    assert statements([*many, *keyed]) == ["insert_many_keyed", "new_ids", "copy_instances"]
+    assert statements([*many, *keyed]) == ["new_ids", "insert_many_keyed", "copy_instances"]
+
+
+@pytest.mark.parametrize("count", [3, COPY_FROM + 1])
+def test_ids_rise_in_the_given_order_whatever_the_keys(rows: Rows, count: int) -> None:
+    taken = rows.run(instances.insert(new(correlation_key="k1")))
+    batch = [new(correlation_key=None if n % 2 else f"q{count - n:03}") for n in range(count)]
+    batch[1:1] = [new(correlation_key="k1")]
+    ids = rows.atomically(instances.insert_many(batch))
+    assert ids.pop(1) is None
+    assert ids == sorted(ids, key=lambda one: one or 0)
+    assert rows.fetch("SELECT count(*) FROM {schema}.instances WHERE id = ANY (%s)", [[taken, *ids]]) == [
+        {"count": count + 1}
+    ]
+
+
+def test_rows_with_keys_are_sent_in_statements_that_fit_a_message(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "MOST_BYTES", 100)
+    batch = [
+        new(correlation_key=f"k{n}", state=Payload("json", b"1" * size)) for n, size in enumerate((40, 60, 1, 300, 1))
+    ]
+    assert [len(chunk) for chunk in instances._chunks_by_size([0, 1, 2, 3, 4], batch)] == [2, 1, 1, 1]
+    assert None not in rows.atomically(instances.insert_many(batch))
 
 
 def test_a_coroutines_connection_copies_too(rows: Rows) -> None:

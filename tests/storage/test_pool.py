@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from durable import Durable
+from durable.storage import migrations
 
 
 @pytest.fixture
@@ -46,3 +47,21 @@ def test_who_needs_several_at_once_has_so_many(quiet: Durable, connection: psyco
         pids = {lent.enter_context(quiet._pool.connection()).info.backend_pid for _ in range(3)}
         assert len(pids) == 3
     assert backends(connection, quiet) == 3
+
+
+def test_a_schema_that_could_not_be_made_is_made_at_the_next_call(
+    database: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Durable("embedded", dsn=database, schema=schema)
+    monkeypatch.setattr(type(app.database), "embedded", True)
+
+    def fails(*_: object) -> None:
+        raise psycopg.OperationalError("the server is starting up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "migrate", fails)
+        with pytest.raises(psycopg.OperationalError):
+            app.dsn()
+    assert not app.embedded_schema_made
+    with psycopg.connect(app.dsn()) as connection:
+        assert connection.execute(f"SELECT count(*) FROM {schema}.instances").fetchone() == (0,)

@@ -292,3 +292,19 @@ def test_handles_on_one_instance_are_equal(app: Durable, task: Task[..., Any]) -
     assert len({result, app.result(result.id)}) == 1
     assert repr(result) == f"<AsyncResult {result.id}>"
     assert result != AsyncResult(result.id, object())  # type: ignore[arg-type]
+
+
+def test_where_no_thread_can_be_had_the_next_wait_finds_one(
+    app: Durable, task: Task[..., Any], finish: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = task.delay()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            app._watcher.wait_for(result.id)
+    finish(result=Payload("json", b"5"))
+    assert result.get(timeout=10) == 5
+
+
+def _no_thread(_self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

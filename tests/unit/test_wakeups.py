@@ -167,3 +167,15 @@ def test_a_termination_is_told_each_time_in_a_form_that_says_nothing_of_queues(w
         assert said(wakeups.terminations()) == [(QUEUES, TERMINATE)]
     assert parse(TERMINATE) is None, "what an agent that does not know it makes of it"
     assert Wakeups("s", False).terminations() == []
+
+
+def test_a_notification_that_another_thread_sends_meanwhile_is_not_owed_any_more() -> None:
+    class Vanishing(dict[str, str]):
+        """Empty, though it was not when it was asked."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    wakeups = Wakeups("schema", True)
+    wakeups._owed = Vanishing()
+    assert wakeups.owed() == []
