@@ -29,7 +29,7 @@ INSERT_CHUNK = 5000
 MOST_BYTES = 256 * 1024 * 1024
 """Of payloads in one insert statement with keys: a message of 1 GiB ends the connection."""
 COPY_FROM = 200
-"""Rows from which a COPY is worth its two more round trips."""
+"""Rows from which a COPY is worth its two more round trips; beside rows with keys, ids are drawn anyway: always."""
 
 
 def insert(new: NewInstance) -> Operation[int]:

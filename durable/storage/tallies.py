@@ -16,6 +16,8 @@ from durable.limits import MAX_REFILL
 _MICROSECOND = timedelta(microseconds=1)
 MOST_SIMULATED = 1000
 """Tokens whose times are worked out one by one."""
+MOST_OWED = timedelta(seconds=2 * MAX_REFILL)
+"""What rows may owe a bucket: a limit that was lowered makes tokens dear for those that waited before."""
 
 
 def share(total: int, shards: int, shard: int) -> int:
@@ -84,10 +86,6 @@ class Key:
         self.shards[number].used += 1
         self.changed.add(number)
         return number
-
-
-MOST_OWED = timedelta(seconds=2 * MAX_REFILL)
-"""What rows may owe a bucket: a limit that was lowered makes dear tokens of those that waited before."""
 
 
 @dataclass(slots=True)
