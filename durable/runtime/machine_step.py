@@ -26,6 +26,7 @@ from durable.outcomes import (
     Stop,
     step_name,
 )
+from durable.retry import default_backoff
 from durable.runtime import reporting
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
@@ -98,7 +99,10 @@ class MachineRunner:
             case Cancel():
                 return stopped(claimed, error.reason, "Cancel", self._codec, definition.options.serializer)
             case RetryRequested():
-                return self.outcome(claimed, definition, context, Retry(delay=error.delay or 0.0))
+                cause = error.cause or error.__context__ or error
+                if not self._is_last(claimed, error):
+                    return self._again(claimed, error, cause)
+                error = cause  # what the attempts were spent on
         log_failure(log, claimed, error)
         return self._handled(claimed, definition, context, machine, error)
 
@@ -117,13 +121,31 @@ class MachineRunner:
         except Cancel as cancel:
             return stopped(claimed, cancel.reason, "Cancel", self._codec, definition.options.serializer)
         except RetryRequested as request:
-            commit = self.outcome(claimed, definition, context, Retry(delay=request.delay or 0.0))
+            cause = request.cause or error
+            return failed(claimed, cause) if self._is_last(claimed, request) else self._again(claimed, request, cause)
         except BaseException as problem:
             log_failure(log, claimed, problem)
             return failed(claimed, problem)
         if commit.error is None and commit.kind != "end":
             commit.error = error_json(error)  # a retried or rerouted failure stays visible on the row
         return commit
+
+    def _is_last(self, claimed: Claimed, request: RetryRequested) -> bool:
+        """Whether a step that asks for another attempt has had all of its attempts."""
+        limit = request.limit or claimed.max_attempts or self._app.conf.max_attempts
+        return claimed.attempt + 1 >= limit
+
+    def _again(self, claimed: Claimed, request: RetryRequested, cause: BaseException) -> Commit:
+        """Return another attempt of the step, with `cause` as its error, after the delay asked for or the backoff."""
+        delay = default_backoff(claimed.attempt) if request.delay is None else request.delay
+        return Commit(
+            claimed,
+            "scheduled" if delay > 0 else "runnable",
+            kind="retry",
+            error=error_json(cause),
+            attempt=claimed.attempt + 1,
+            delay=delay,
+        )
 
     def outcome(self, claimed: Claimed, definition: MachineDefinition, context: Context[Any], value: Any) -> Commit:
         """Turn an outcome into a Commit. Raises OutcomeError, PayloadError, ValidationError: errors of the step."""
