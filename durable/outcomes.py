@@ -116,14 +116,23 @@ class Retry:
 class Await:
     """Park until a signal whose name is in `names` arrives, then go on with `then`.
 
-    names    one name, or several
-    timeout  seconds after which it goes on anyway, with what has arrived; None: never
+    Consumes the signals in `ctx.awaited` whose name is not in `names`. Those that are awaited again stay: `ctx.awaited`
+    of the next step holds them and the new ones.
+
+    Args:
+        names: One name, or several.
+        then: The step to go on with.
+        state: The new state; left out, the state stays as it is.
+        timeout: Seconds after which it goes on anyway, with what has arrived; None: never.
+        keep: Consume nothing, whatever the names.
     """
 
     names: str | Iterable[str]
     then: StepTarget
     state: Any = KEEP
     timeout: float | None = None
+    _: KW_ONLY
+    keep: bool = False
 
     def __post_init__(self) -> None:
         step_name(self.then)
@@ -138,6 +147,8 @@ class Await:
         object.__setattr__(self, "names", names)
         if self.timeout is not None:
             check_delay(self.timeout, "Await(timeout=...)")
+        if not isinstance(self.keep, bool):
+            raise OutcomeError(f"Await(keep=...) is True or False, got {shown(self.keep)}")
 
 
 @dataclass(frozen=True, slots=True)

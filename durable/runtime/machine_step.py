@@ -152,7 +152,8 @@ class MachineRunner:
         serializer = definition.options.serializer
         # A retry consumes none, so that one that can't be read does not keep a step from coming again.
         looks = bool(claimed.awaits) and not isinstance(value, Retry)
-        awaited = [signal.id for signal in context.awaited] if looks else []
+        shown = context.awaited if looks else []
+        awaited = [signal.id for signal in shown]
         match value:
             case Done(result):
                 return Commit(claimed, "done", self._codec.encode(result, "result", serializer))
@@ -183,7 +184,8 @@ class MachineRunner:
                     attempt=claimed.attempt + 1,
                     delay=delay,
                 )
-            case Await(names, then, state, timeout):
+            case Await(names, then, state, timeout, keep=keep):
+                kept = [signal.id for signal in shown if keep or signal.name in names]
                 return Commit(
                     claimed,
                     "awaiting_signal",
@@ -191,7 +193,8 @@ class MachineRunner:
                     step=self._step(definition, then),
                     state=self._state(definition, state),
                     awaits=tuple(names),
-                    shown=awaited,
+                    shown=kept,
+                    consumed=[signal.id for signal in shown if not (keep or signal.name in names)],
                     timeout=timeout,
                 )
             case ScheduleChildren(children, then, state):

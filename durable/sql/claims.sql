@@ -137,7 +137,7 @@ RETURNING id;
 -- A retry keeps what was awaited, a park replaces it, progress clears it. An inline hop stays claimed.
 -- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, kinds (retry next await children end),
 --         statuses (the new ones), steps, state_types, states (null: kept), attempts, delays and timeouts in seconds,
---         awaits and shown (JSON arrays), result_types, results, errors.
+--         awaits (JSON arrays), shown (JSON: [ids to add, ids to remove], or []), result_types, results, errors.
 -- Rows:   id, status, queue, children_round, inbox of the committed ones; the others are stale.
 UPDATE {schema}.instances AS i
 SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{schema}.status,
@@ -151,7 +151,9 @@ SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{s
                          WHEN 'await' THEN ARRAY(SELECT jsonb_array_elements_text(o.awaits::jsonb)) END,
     shown = CASE o.kind WHEN 'retry' THEN i.shown
                         WHEN 'await' THEN ARRAY(SELECT unnest(i.shown)
-                                                UNION SELECT jsonb_array_elements_text(o.shown::jsonb)::bigint) END,
+                                                UNION SELECT jsonb_array_elements_text(o.shown::jsonb -> 0)::bigint
+                                                EXCEPT SELECT jsonb_array_elements_text(o.shown::jsonb -> 1)::bigint)
+            END,
     deadline = CASE WHEN o.kind = 'await' AND NOT i.cancel_requested
                     THEN clock_timestamp() + make_interval(secs => o.timeout) END,
     children_round = i.children_round + (o.kind = 'children')::int,

@@ -301,7 +301,7 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
             "delays": Float8Array([commit.delay for commit in staying]),
             "timeouts": Float8Array([commit.timeout for commit in staying]),
             "awaits": TextArray([_json_list(commit.awaits) for commit in staying]),
-            "shown": TextArray([_json_list(commit.shown) for commit in staying]),
+            "shown": TextArray([_shown(commit) for commit in staying]),
             "result_types": TextArray([commit.result and commit.result.type for commit in staying]),
             "results": ByteaArray([commit.result and commit.result.body for commit in staying]),
             "errors": TextArray([commit.error for commit in staying]),
@@ -338,6 +338,13 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
 
 def _json_list(values: Sequence[int | str]) -> str:
     return json.dumps(list(values)) if values else "[]"
+
+
+def _shown(commit: Commit) -> str:
+    """Return the ids that a park adds to `shown` and those that it removes, as JSON."""
+    if not (commit.kind == "await" and (commit.shown or commit.consumed)):
+        return "[]"
+    return json.dumps([list(commit.shown), list(commit.consumed)])
 
 
 def _relimit(changed: Mapping[int, Limits]) -> Operation[None]:

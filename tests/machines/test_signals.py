@@ -224,9 +224,8 @@ def test_what_has_been_shown_is_remembered_once(app: Durable, driver: Driver, vi
     assert result.get(timeout=5) == {"parts": list(range(31)), "looks": 31}
 
 
-def test_a_renewed_await_on_other_names_still_remembers_what_was_shown(
-    app: Durable, driver: Driver, view: View
-) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_await_consumes_names_not_awaited_again(app: Durable, driver: Driver, view: View, keep: bool) -> None:
     @app.machine(name="switch")
     class Switch(Machine):
         @step(initial=True)
@@ -235,7 +234,7 @@ def test_a_renewed_await_on_other_names_still_remembers_what_was_shown(
 
         @step
         def first(self, ctx: Context) -> Any:
-            return Await("b", then=self.second)
+            return Await("b", then=self.second, keep=keep)
 
         @step
         def second(self, ctx: Context) -> Any:
@@ -248,12 +247,69 @@ def test_a_renewed_await_on_other_names_still_remembers_what_was_shown(
     result = Switch.delay()
     driver.drain()
     for name in ("a", "b"):
-        result.signal(name)
+        result.signal(name, dedup_key=name)
         driver.drain()
-    assert view.of(result.id, "status", "step") == ("awaiting_signal", "third")
+    assert view.of(result.id, "status", "step") == ("awaiting_signal", "third"), "both were shown: neither wakes again"
+    assert result.signal("a", dedup_key="a") is False, "a consumed signal is still a duplicate"
     result.signal("b")
     driver.drain()
-    assert result.get(timeout=5) == ["a", "b", "b"]
+    assert result.get(timeout=5) == (["a", "b", "b"] if keep else ["b", "b"])
+
+
+def test_second_await_of_a_name_needs_a_new_signal(app: Durable, driver: Driver, view: View) -> None:
+    @app.machine(name="two")
+    class Two(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> Any:
+            return Await("approve", then=self.manager)
+
+        @step
+        def manager(self, ctx: Context) -> Any:
+            return Await("paid", then=self.paid)
+
+        @step
+        def paid(self, ctx: Context) -> Any:
+            return Await("approve", then=self.director, timeout=0)
+
+        @step
+        def director(self, ctx: Context) -> Any:
+            return Done(payloads(ctx.awaited))
+
+    ignored, answered = Two.delay(), Two.delay()
+    driver.drain()
+    for result in (ignored, answered):
+        result.signal("approve", "the manager")
+    driver.drain()
+    for result in (ignored, answered):
+        result.signal("paid")
+    driver.drain()
+    answered.signal("approve", "the director")
+    driver.drain()
+    assert answered.get(timeout=5) == ["the director"]
+    driver.time_out()
+    driver.drain()
+    assert ignored.get(timeout=5) == []
+
+
+def test_alternating_awaits_keep_nothing(app: Durable, driver: Driver, view: View) -> None:
+    @app.machine(name="pingpong")
+    class PingPong(Machine):
+        @step(initial=True)
+        def ping(self, ctx: Context) -> Any:
+            return Await("a", then=self.pong)
+
+        @step
+        def pong(self, ctx: Context) -> Any:
+            return Await("b", then=self.ping)
+
+    result = PingPong.delay()
+    driver.drain()
+    for _ in range(5):
+        for name in ("a", "b"):
+            result.signal(name)
+            driver.drain()
+    assert view.inbox(result.id) == []
+    assert view.rows("SELECT cardinality(shown) FROM {schema}.instances WHERE id = %s", result.id) == [(0,)]
 
 
 def test_a_timeout_of_a_renewed_await_shows_what_has_arrived(

@@ -300,17 +300,24 @@ class Model:
         if decided.kind == "await":
             i.status, i.awaits = "awaiting_signal", decided.names
             i.deadline = None if decided.timeout is None else self.now + decided.timeout
-            i.shown |= set(flight.shown)
+            dropped = [s.number for s in i.inbox if s.number in flight.shown and s.name not in decided.names]
+            self._consume(i, dropped)
+            i.shown |= set(flight.shown) - set(dropped)
             if any(s.number not in i.shown for s in i.awaited):
                 self._wake(i)
             return
         i.awaits, i.shown = None, set()
-        for s in i.inbox:
-            if s.number in flight.shown:
-                s.consumed, s.payload = True, None
-        i.inbox = [s for s in i.inbox if not s.consumed or s.dedup is not None]
+        self._consume(i, flight.shown)
         if decided.inline and not decided.delay:
             i.status, i.worker = "executing", flight.worker
+
+    def _consume(self, i: Instance, numbers: Iterable[int]) -> None:
+        """Forget signals; one with a dedup key stays as a tombstone."""
+        gone = set(numbers)
+        for s in i.inbox:
+            if s.number in gone:
+                s.consumed, s.payload = True, None
+        i.inbox = [s for s in i.inbox if not s.consumed or s.dedup is not None]
 
     # Losing
 
