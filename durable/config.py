@@ -23,6 +23,8 @@ _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 _OTHER_VARIABLES = {f"DURABLE_{name}" for name in ("APP", "DSN", "HOME", "PG_BIN", "SERVER_LINGER")}
 
+SHORTEST_PATIENCE = 5.0
+"""Seconds; a busy server may well take some of them."""
 MAX_CRASHES = 32_767  # a smallint in the database
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
 _MESSAGE_BYTES = 512 * 1024 * 1024  # of a commit's results and states
@@ -208,6 +210,11 @@ class Config:
     )
     pool_size: int = _setting(4, _count, "most connections of a producer process")
     connect_timeout: float = _setting(10.0, _seconds, "seconds a producer waits for a connection")
+    call_timeout: float = _setting(
+        30.0,
+        _seconds,
+        "seconds a call to the database may take in all, connecting included, unless the call says otherwise",
+    )
     pooler: bool = _setting(False, _flag, "whether the DSN leads through a transaction pooler such as PgBouncer")
     listen_dsn: str | None = _setting(
         None, _word_or_none, "DSN for LISTEN past a pooler; without it a pooler means polling", secret=True
@@ -227,6 +234,16 @@ class Config:
     def outcomes_per_commit(self) -> int:
         """Most outcomes in one commit: `flush_batch`, or as many as surely fit one message to the server (1 GiB)."""
         return min(self.flush_batch, max(1, _MESSAGE_BYTES // (2 * self.max_payload_bytes)))
+
+    @property
+    def worker_patience(self) -> float:
+        """Seconds that a worker process waits for an answer of the database before it replaces its connection."""
+        return max(SHORTEST_PATIENCE, self.lease_ttl)
+
+    @property
+    def lease_patience(self) -> float:
+        """`worker_patience` of an agent or a beat: short enough to renew the leases on a new connection in time."""
+        return max(SHORTEST_PATIENCE, self.lease_ttl - 2 * self.heartbeat_interval)
 
     @classmethod
     def names(cls) -> list[str]:

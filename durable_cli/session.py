@@ -76,7 +76,13 @@ def connected(app: Durable, dsn: str | None = None, *, schema_needed: bool = Tru
     """
     title, conf = f"durable {app.name} cli", app.conf
     with translated(app.schema):
-        opened = connect(app.dsn() if dsn is None else dsn, title, pooler=conf.pooler, timeout=conf.connect_timeout)
+        opened = connect(
+            app.dsn() if dsn is None else dsn,
+            title,
+            pooler=conf.pooler,
+            timeout=conf.connect_timeout,
+            patience=conf.call_timeout,
+        )
         with closing(opened) as connection:
             if schema_needed:
                 migrations.check(connection, app.schema)

@@ -1,4 +1,4 @@
-"""A proxy in front of Postgres that counts the queries that go through it."""
+"""A proxy in front of Postgres that counts the queries that go through it, and can fall silent."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class CountingProxy:
 
         self._server = Server((address, 0), Handler)
         self._counted = 0
+        self._live: set[socket.socket] = set()
+        self._silent: set[socket.socket] = set()
+        self._swallow_new = False
         self._lock = threading.Lock()
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -49,6 +52,25 @@ class CountingProxy:
         with self._lock:
             return self._counted
 
+    def silence(self, *, new: bool = False) -> int:
+        """Swallow what either end of the open connections sends from now on, and keep them open.
+
+        new  connections that are made from now on are accepted and silent, too
+        """
+        with self._lock:
+            self._swallow_new = new
+            self._silent |= self._live
+            return len(self._silent)
+
+    def speak(self) -> None:
+        """Serve connections that are made from now on; the silent ones stay silent."""
+        with self._lock:
+            self._swallow_new = False
+
+    def _is_silent(self, client: socket.socket) -> bool:
+        with self._lock:
+            return client in self._silent
+
     def close(self) -> None:
         """Accept no more connections."""
         self._server.shutdown()
@@ -63,10 +85,16 @@ class CountingProxy:
         return upstream
 
     def _serve(self, client: socket.socket) -> None:
+        with self._lock:
+            self._live.add(client)
+            if self._swallow_new:
+                self._silent.add(client)
         with self._connect() as upstream:
-            threading.Thread(target=_pump, args=(upstream, client), daemon=True).start()
+            threading.Thread(target=self._pump, args=(upstream, client), daemon=True).start()
             started, pending = False, b""
             while data := _received(client):
+                if self._is_silent(client):
+                    continue
                 upstream.sendall(data)
                 pending += data
                 while len(pending) >= 5:
@@ -78,7 +106,20 @@ class CountingProxy:
                         with self._lock:
                             self._counted += 1
                     started, pending = True, pending[length:]
+        with self._lock:
+            self._live.discard(client)
+            self._silent.discard(client)
         _end(client)
+
+    def _pump(self, upstream: socket.socket, client: socket.socket) -> None:
+        try:
+            while data := _received(upstream):
+                if not self._is_silent(client):
+                    client.sendall(data)
+        except OSError:
+            pass  # its other end is gone: so is this one
+        if not self._is_silent(client):
+            _end(client)
 
 
 def _received(source: socket.socket) -> bytes:
@@ -86,15 +127,6 @@ def _received(source: socket.socket) -> bytes:
         return source.recv(65536)
     except OSError:
         return b""
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while data := _received(source):
-            target.sendall(data)
-    except OSError:
-        pass  # its other end is gone: so is this one
-    _end(target)
 
 
 def _end(connection: socket.socket) -> None:

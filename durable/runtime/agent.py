@@ -92,9 +92,15 @@ class Agent:
         conf = app.conf
         title = f"durable {app.name} agent {os.getpid()}"
         self._link = Link(
-            app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
+            app.dsn,
+            app.sql,
+            title,
+            pooler=conf.pooler,
+            most_wait=conf.max_poll_interval,
+            pause=self._pause,
+            patience=conf.lease_patience,
         )
-        self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen")
+        self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen", conf.lease_patience)
         self._stand_in = StandIn(app, self._link)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
         self._orders = Orders(self._link, self._queues, seats, bells, autoscale, room)

@@ -46,9 +46,15 @@ class Beat:
         title = f"durable {app.name} beat {os.getpid()}"
         conf = app.conf
         self._link = Link(
-            app.dsn, app.sql, title, pooler=conf.pooler, most_wait=conf.max_poll_interval, pause=self._pause
+            app.dsn,
+            app.sql,
+            title,
+            pooler=conf.pooler,
+            most_wait=conf.max_poll_interval,
+            pause=self._pause,
+            patience=conf.lease_patience,
         )
-        self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen")
+        self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen", conf.lease_patience)
         self._firing = Firing(app, self._link)
         self._worker = 0
         now = time.monotonic()

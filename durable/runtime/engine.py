@@ -78,6 +78,7 @@ class Engine:
             pooler=app.conf.pooler,
             most_wait=app.conf.max_poll_interval,
             pause=self._waiting.pause,
+            patience=app.conf.worker_patience,
         )
         self._flusher = Flusher(self._link, self._waiting.pause)
         self._picker = Picker(self._link, queue)

@@ -17,7 +17,7 @@ from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
 from durable.sql import Statements
 from durable.storage import maintenance
-from durable.storage.session import Connection, Operation, connect, describe, run, run_atomically
+from durable.storage.session import PATIENCE, Connection, Operation, connect, describe, run, run_atomically
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Link:
 
     dsn       asked for each new connection (and so may restart an embedded server)
     pause     waits that many seconds, or less when the process is asked to stop; returns whether it is
+    patience  seconds that each wait for the server may take; the connection counts as lost after that
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Link:
         pooler: bool,
         most_wait: float,
         pause: Callable[[float], bool],
+        patience: float = PATIENCE,
     ) -> None:
         self._dsn = dsn
         self.sql = sql
         self._name = name
         self._pooler = pooler
         self._pause = pause
+        self._patience = patience
         self._backoff = Backoff(most=most_wait)
         self._connection: Connection | None = None
         self.connected_since: datetime | None = None
@@ -73,7 +76,7 @@ class Link:
         told = False
         while True:
             try:
-                connection = connect(self._dsn(), self._name, pinned=True, pooler=self._pooler)
+                connection = connect(self._dsn(), self._name, pinned=True, pooler=self._pooler, patience=self._patience)
                 self.connected_since = run(connection, self.sql, maintenance.now())
             except (psycopg.Error, DurableError) as error:
                 if not told:

@@ -19,7 +19,7 @@ from durable.dsn import check
 from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
 from durable.sql import quote_identifier
-from durable.storage.session import Connection, Operation, connect, describe, single
+from durable.storage.session import PATIENCE, Connection, Operation, connect, describe, single
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,15 @@ def listening_dsn(app: Durable) -> Callable[[], str] | None:
 class Listener:
     """One LISTEN connection on one channel; lost is late, never wrong: the poll finds everything.
 
-    dsn  gives the DSN; None: never connect
+    dsn       gives the DSN; None: never connect
+    patience  seconds that connecting, and LISTEN itself, may take
     """
 
-    def __init__(self, dsn: Callable[[], str] | None, channel: str, name: str) -> None:
+    def __init__(self, dsn: Callable[[], str] | None, channel: str, name: str, patience: float = PATIENCE) -> None:
         self._dsn = dsn
         self._channel = channel
         self._name = name
+        self._patience = patience
         self._connection: Connection | None = None
         self._backoff = Backoff(first=0.5, most=10.0)
         self._try_at = 0.0
@@ -66,7 +68,7 @@ class Listener:
         if self._dsn is None or self.fileno() is not None or now < self._try_at:
             return False
         try:
-            self._connection = connect(self._dsn(), self._name)
+            self._connection = connect(self._dsn(), self._name, patience=self._patience)
             self._connection.execute(f"LISTEN {quote_identifier(self._channel)}")
         except (psycopg.Error, DurableError) as error:
             log.info("%s: no LISTEN connection, polling meanwhile: %s", self._name, describe(error))

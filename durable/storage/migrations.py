@@ -22,13 +22,15 @@ from psycopg import sql
 from durable.errors import SchemaError
 from durable.sql import Statements, packaged
 from durable.storage import maintenance, partitions
-from durable.storage.session import Connection, run
+from durable.storage.session import Connection, patient, run
 
 log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = "1s"
 PATIENCE = 60.0
 """Seconds in which an upgrade must come by its locks."""
+LONGEST_STATEMENT = 3600.0
+"""Seconds that one statement of an upgrade may take: it may rewrite a table, or wait for another upgrade."""
 PAUSE = 1.0
 """Seconds between attempts, for those who waited behind the last one."""
 
@@ -135,7 +137,8 @@ def migrate(connection: Connection, schema: str, patience: float = PATIENCE) -> 
 
 def _migrate(connection: Connection, statements: Statements) -> list[Migration]:
     schema = statements.schema
-    with connection.transaction():
+    with patient(connection, LONGEST_STATEMENT), connection.transaction():
+        connection.execute(f"SET LOCAL statement_timeout = '{LONGEST_STATEMENT:.0f}s'")
         connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s), 10)", (f"durable.{schema}",))
         have = applied(connection, schema)
         _refuse_other_texts(have, schema)

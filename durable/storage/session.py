@@ -7,6 +7,8 @@ An operation is a generator that yields `(statement name, parameters)` and is se
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from psycopg.rows import tuple_row
 from durable.errors import DatabaseUnavailableError, DurableError, SchemaError
 from durable.sql import Statements
 from durable.storage import arrays
+from durable.storage.bounded import BoundedConnection, open_bounded
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -45,6 +48,14 @@ PINNED_PLANS = (
 
 PINNED_PATH = "SET search_path = pg_catalog, pg_temp"
 """Every table of ours is qualified; this is for functions and operators, which a schema on the path could replace."""
+
+PATIENCE = 30.0
+"""Seconds that a wait for the server may take where nobody says otherwise; the default of `call_timeout`."""
+SERVER_GRACE = 1.0
+"""Seconds after which the server ends by itself what the client has given up on."""
+LONGEST_SERVER_TIMEOUT = 2_147_483
+"""Seconds; Postgres counts its timeouts in milliseconds, in 31 bits."""
+_PIN_ATTEMPTS = 20
 
 CONNECTION_LOST = (
     psycopg.OperationalError,
@@ -137,22 +148,106 @@ def single(name: str, parameters: Mapping[str, Any] | None = None) -> Operation[
 
 
 def connect(
-    dsn: str, application_name: str, *, pinned: bool = False, pooler: bool = False, timeout: float = 10.0
-) -> Connection:
-    """Open an autocommit connection for a long-lived process.
+    dsn: str,
+    application_name: str,
+    *,
+    pinned: bool = False,
+    pooler: bool = False,
+    timeout: float = 10.0,
+    patience: float = PATIENCE,
+    lock_timeout: float = 0.0,
+) -> BoundedConnection:
+    """Open an autocommit connection for a process of ours.
 
-    pinned   for the hot statements: see PINNED_PLANS
-    pooler   no session state and no prepared statements: they would belong to somebody else's transaction next time
-    timeout  seconds to wait for the connection
-    Raises psycopg.OperationalError.
+    Args:
+        dsn: Where to connect.
+        application_name: The session's name in `pg_stat_activity`.
+        pinned: Whether the session runs the hot statements; see PINNED_PLANS.
+        pooler: Whether a transaction pooler is on the way. Then the session gets no settings and no prepared
+            statements, because the next transaction may run in another session.
+        timeout: Seconds to wait for each host of the DSN.
+        patience: Seconds that each wait for the server may take, connecting included.
+        lock_timeout: Seconds that a statement waits for a lock; 0 for as long as the statement may take.
+
+    Raises:
+        psycopg.OperationalError: The database can't be reached.
     """
-    connection = psycopg.connect(
-        dsn, application_name=application_name[:60], **connection_defaults(timeout, pooler=pooler)
+    connection = open_bounded(
+        BoundedConnection,
+        dsn,
+        time.monotonic() + max(patience, timeout),
+        application_name=application_name[:60],
+        **connection_defaults(timeout, pooler=pooler),
     )
-    arrays.register(connection.adapters)
-    if not pooler:
-        connection.execute(f"{PINNED_PATH}; {PINNED_PLANS}" if pinned else PINNED_PATH)
+    connection.patience = patience
+    try:
+        set_up(connection, pinned=pinned, pooler=pooler, lock_timeout=lock_timeout)
+    except BaseException:
+        connection.pgconn.finish()
+        raise
     return connection
+
+
+def set_up(
+    connection: BoundedConnection, *, pinned: bool = False, pooler: bool = False, lock_timeout: float = 0.0
+) -> None:
+    """Give a new connection our types and our session settings, in one round trip; arguments as in `connect`."""
+    arrays.register(connection.adapters)
+    if pooler:
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        connection.read_only = False
+        return
+    text = session_settings(connection.info.server_version, connection.patience, pinned, lock_timeout)
+    for attempt in range(_PIN_ATTEMPTS):
+        try:
+            connection.execute(text)
+            return
+        except pg_errors.QueryCanceled:  # a role's statement_timeout of a millisecond, which `text` is about to lift
+            if attempt == _PIN_ATTEMPTS - 1:
+                raise
+
+
+def session_settings(server_version: int, patience: float, pinned: bool = False, lock_timeout: float = 0.0) -> str:
+    """Return what a session of ours sets when it begins, so that no default of the role or the database changes it.
+
+    Args:
+        server_version: As libpq says it: 150004 for 15.4.
+        patience: Seconds that the client waits for an answer. The server ends a statement, and a transaction that is
+            left open, a second later.
+        pinned: As in `connect`.
+        lock_timeout: As in `connect`.
+    """
+    server_timeout = round(1000 * min(patience + SERVER_GRACE, LONGEST_SERVER_TIMEOUT))
+    settings = [
+        f"SET statement_timeout = {server_timeout}",  # first, because a role's own may end the statements after it
+        f"SET lock_timeout = {round(1000 * lock_timeout)}",
+        f"SET idle_in_transaction_session_timeout = {server_timeout}",
+        "SET idle_session_timeout = 0",
+        *(["SET transaction_timeout = 0"] if server_version >= 170000 else []),
+        "SET default_transaction_isolation = 'read committed'",
+        "SET default_transaction_read_only = off",
+        "SET default_transaction_deferrable = off",
+        "SET DateStyle = 'ISO, MDY'",
+        "SET IntervalStyle = 'postgres'",
+        "SET standard_conforming_strings = on",
+        PINNED_PATH,
+        *([PINNED_PLANS] if pinned else []),
+    ]
+    return "; ".join(settings)
+
+
+@contextmanager
+def patient(connection: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+    """Give each wait of a connection that long, for statements that take as long as there is data; see `bounded`."""
+    if not isinstance(connection, BoundedConnection):
+        yield
+        return
+    patience, deadline = connection.patience, connection.deadline
+    connection.patience, connection.deadline = seconds, math.inf
+    try:
+        yield
+    finally:
+        connection.patience, connection.deadline = patience, deadline
 
 
 def connection_defaults(timeout: float, *, pooler: bool = False) -> dict[str, Any]:
