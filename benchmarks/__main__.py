@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import plot, report
 from benchmarks.catalogue import BENCHMARKS
+from benchmarks.compare import compare
 from benchmarks.database import bench_database
 from benchmarks.figures import Measure
 from benchmarks.registry import Benchmark, Size
@@ -94,6 +95,7 @@ def _command(one: Benchmark) -> click.Command:
 
 for benchmark in BENCHMARKS:
     main.add_command(_command(benchmark))
+main.add_command(compare)
 
 if __name__ == "__main__":
     # What was started is stopped when somebody ends the benchmark, too.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psycopg
 
 from benchmarks import floor
@@ -91,13 +93,16 @@ def wal(database: Database, count: int, runs: int) -> Measure:
     def bytes_of(act: object) -> float:
         assert callable(act)
         database.fill(0)
-        began = database.value("SELECT pg_current_wal_insert_lsn()")
-        act()
-        database.check(count)
-        # In pages of 8 kB the last record may not be flushed yet: `flush_lsn` is where it can be read up to.
-        written = database.value(
-            "SELECT sum(record_size)::float8 FROM pg_get_wal_stats(%s, pg_current_wal_flush_lsn(), true)", [began]
-        )
+        with psycopg.connect(database.dsn, autocommit=True) as keeper:
+            # A checkpoint would remove the WAL that is to be read.
+            keeper.execute("SELECT pg_create_physical_replication_slot(%s, true, true)", [f"bench_{os.getpid()}"])
+            began = database.value("SELECT pg_current_wal_insert_lsn()")
+            act()
+            database.check(count)
+            # In pages of 8 kB the last record may not be flushed yet: `flush_lsn` is where it can be read up to.
+            written = database.value(
+                "SELECT sum(record_size)::float8 FROM pg_get_wal_stats(%s, pg_current_wal_flush_lsn(), true)", [began]
+            )
         return float(written) / count
 
     measure.series = interleave(runs, {FLOOR: lambda: bytes_of(of_floor), OURS: lambda: bytes_of(of_ours)})
