@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
+from tests.chaos.cluster import POOLS
 from tests.chaos.run import Verdict, run_seed
-from tests.chaos.table import FAULTS
+from tests.chaos.table import FAULTS, chosen
 
 
 def _seeds(text: str) -> list[int]:
@@ -29,7 +30,15 @@ def _seeds(text: str) -> list[int]:
 @click.option("--workers", default=3, show_default=True, help="Worker commands.")
 @click.option("--children", default=2, show_default=True, help="Worker processes of each.")
 @click.option(
-    "--only", default="", help="Faults to draw from, by name, a comma between: " + ", ".join(f.name for f in FAULTS)
+    "--only",
+    default="",
+    help="Faults to draw from, by name or pattern (fork-*), a comma between: " + ", ".join(f.name for f in FAULTS),
+)
+@click.option(
+    "--pools",
+    default=",".join(POOLS),
+    show_default=True,
+    help="Kinds of worker processes: one command after another has the next of them, beginning with the seed's.",
 )
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep logs there, whatever the verdict.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -40,18 +49,22 @@ def main(
     workers: int,
     children: int,
     only: str,
+    pools: str,
     keep: Path | None,
     as_json: bool,
 ) -> None:
     """Hurt a working fleet, and decide whether every promise held. Exit code 1 if one did not."""
-    chosen = [name.strip() for name in only.split(",") if name.strip()]
-    if unknown := set(chosen) - {fault.name for fault in FAULTS}:
-        raise click.BadParameter(f"no fault is called {', '.join(sorted(unknown))}", param_hint="--only")
+    try:
+        names = chosen([name.strip() for name in only.split(",") if name.strip()])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--only") from error
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job ignores SIGINT
         signal.signal(number, lambda *_: sys.exit(130))  # everything it has started ends with it
     verdicts: list[Verdict] = []
     for chosen_seed in [seed] if seed is not None else _seeds(seeds):
-        verdict = run_seed(chosen_seed, seconds, workers=workers, children=children, only=chosen, keep=keep)
+        verdict = run_seed(
+            chosen_seed, seconds, workers=workers, children=children, only=names, pools=pools.split(","), keep=keep
+        )
         verdicts.append(verdict)
         if not as_json:
             tell(verdict)
@@ -80,6 +93,7 @@ def total(verdicts: list[Verdict]) -> str:
         f" {sum(v.injected for v in verdicts)} faults, {sum(v.instances for v in verdicts)} instances,"
         f" {sum(v.steps for v in verdicts)} steps, {sum(v.signals for v in verdicts)} signals,"
         f" lost {sum(v.lost for v in verdicts)}, doubled {sum(v.doubled for v in verdicts)},"
+        f" harmed {sum(v.harmed for v in verdicts)},"
         f" violations {sum(len(v.violations) for v in verdicts)}"
     )
 

@@ -8,12 +8,17 @@ import time
 from typing import Any
 
 from durable import Await, ConcurrencyLimit, Done, Durable, Machine, Next, RateLimit, ScheduleChildren, every, step
+from tests.chaos import hostile
 from tests.chaos.effects import effect
 
 SCHEMA = "chaos"
 GATE, SLOTS = "vendor", 3
 RATE, PER_SECOND, BURST = "mail", 40, 5
 TICK = 0.5
+TICKS = ("tick", "report")
+"""Schedules, and the tasks that they insert."""
+REPORT = "report-of-the-day"
+"""The correlation key of the second one."""
 CANARY = "canary-in-the-payload"
 """Part of every payload; must be in no log."""
 PASSWORD = "canary-in-the-dsn"
@@ -67,6 +72,13 @@ def build(generation: int = 1) -> Durable:
     @app.periodic(every(TICK), name="tick")
     @app.task(name="tick", bind=True)
     def tick(self: Any) -> None:
+        with effect(self):
+            pass
+
+    @app.periodic(every(TICK), name="report", correlation_key=REPORT)
+    @app.task(name="report", bind=True)
+    def report(self: Any) -> None:
+        """As the tick, with a key that others may hold."""
         with effect(self):
             pass
 
@@ -169,6 +181,7 @@ def build(generation: int = 1) -> Durable:
                 return Done({"k": state["k"], "n": state["n"]})
             return Next(self.write, {**state, "i": state["i"] + 1})
 
+    hostile.define(app)
     return app
 
 

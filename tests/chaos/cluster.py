@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ SETTINGS = {
     "max_wal_size": "4GB",
     "shared_buffers": "128MB",
 }
+POOLS = ("prefork", "threads", "asyncio")
 CHILD, AGENT = "durable:default", "durable:agent"
 MIGRATION = """-- breaking: no
 ALTER TABLE {{schema}}.instances ADD COLUMN release_{n} text;
@@ -154,9 +155,21 @@ class Place:
 
 
 class Fleet:
-    """Worker commands, beats and producers. Every second worker and every producer goes through the proxy."""
+    """Worker commands, beats and producers. Every second worker and beat and every producer goes through the proxy.
 
-    def __init__(self, folder: Path, postgres: Postgres, seed: int, workers: int, children: int) -> None:
+    homes  which command each process belonged to, by pid
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        postgres: Postgres,
+        seed: int,
+        workers: int,
+        children: int,
+        pools: Sequence[str],
+    ) -> None:
+        self.homes: dict[int, str] = {}
         self.folder, self.seed = folder, seed
         self.effects, self.clients = folder / "effects", folder / "clients"
         for made in (self.effects, self.clients):
@@ -171,10 +184,15 @@ class Fleet:
         self.deploy()
         arguments = ["worker", "-c", str(children), "-l", "info"]
         self.workers = [
-            Place(f"worker-{n}", folder, [*arguments, "-n", f"w{n}"], self._environment(n % 2 == 1))
+            Place(
+                f"worker-{n}",
+                folder,
+                [*arguments, "-P", pools[(n + seed) % len(pools)], "-n", f"w{n}"],
+                self._environment(n % 2 == 1),
+            )
             for n in range(workers)
         ]
-        self.beats = [Place(f"beat-{n}", folder, ["beat", "-n", f"b{n}"], self._environment(False)) for n in range(2)]
+        self.beats = [Place(f"beat-{n}", folder, ["beat", "-n", f"b{n}"], self._environment(n == 1)) for n in range(2)]
         self.producers: list[subprocess.Popen[bytes]] = []
         self.producers = [self._producer(n) for n in range(2)]
         self.tending = True
@@ -263,6 +281,7 @@ class Fleet:
             "CHAOS_EFFECTS": str(self.effects),
             "PYTHONPATH": path,
             "DURABLE_DRAIN_TIMEOUT": "5",
+            "DURABLE_CALL_TIMEOUT": "5",
         }
 
     def _producer(self, n: int) -> subprocess.Popen[bytes]:
@@ -280,6 +299,7 @@ class Fleet:
         while self.tending:
             for place in self.places:
                 place.tend()
+                self.homes.update(dict.fromkeys(place.children(), place.name))
             time.sleep(0.2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.chaos.effects import Effect
+from tests.chaos.harm_rules import HARM_RULES
 from tests.chaos.history_rules import agrees, replay
 from tests.chaos.record import Call, Record
 from tests.chaos.recorder import Row, Transaction
@@ -19,6 +20,7 @@ def rules_broken(record: Record) -> set[str]:
     """Names of the invariants that the checker finds violated."""
     model = replay(record)
     found = [one for rule in RULES for one in rule(record)]
+    found += [one for rule in HARM_RULES for one in rule(record, model)]
     return {one.rule for one in [*found, *model.violations, *agrees(record, model)]}
 
 

@@ -1,6 +1,6 @@
 """The effects log: what user code did to the world outside, one line per O_APPEND write, a file per process.
 
-in|out instance version token step machine attempt pid generation monotonic wall mark
+in|out|fork instance version token step machine attempt pid generation monotonic wall mark
 
 A line in the page cache survives the death of its writer; the monotonic clock is one for all processes of a machine.
 """
@@ -20,7 +20,10 @@ _files: dict[int, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """One line. `version` is that of the claimed row: outcomes committed before."""
+    """One line. `version` is that of the claimed row: outcomes committed before.
+
+    kind  in, out: of a step; fork: written by a process that a step forked, `mark` says how that is to end
+    """
 
     kind: str
     instance: int
@@ -47,12 +50,17 @@ def _write(line: str) -> None:
 @contextmanager
 def effect(ctx: Any, mark: str = "-") -> Iterator[None]:
     """Note that a step was entered, and that its code came to its end."""
+    note("in", ctx, mark)
+    yield
+    note("out", ctx, mark)
+
+
+def note(kind: str, ctx: Any, mark: str) -> None:
+    """Write one line."""
     claimed = ctx._claimed  # the fence is no part of the public context
     rest = f"{claimed.id} {claimed.version} {claimed.token} {ctx.step} {ctx.name} {ctx.attempt}"
     rest += f" {os.getpid()} {ctx.app.generation}"
-    _write(f"in {rest} {time.monotonic():.6f} {time.time():.3f} {mark}\n")
-    yield
-    _write(f"out {rest} {time.monotonic():.6f} {time.time():.3f} {mark}\n")
+    _write(f"{kind} {rest} {time.monotonic():.6f} {time.time():.3f} {mark}\n")
 
 
 def parse(line: str) -> Effect:

@@ -6,6 +6,7 @@ the fault log is to keep, or raises Missed when nothing was there to be hurt.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import psycopg
 
+from durable import Durable
 from tests.chaos.application import SCHEMA
 from tests.chaos.cluster import AGENT, CHILD, LEASE, Fleet, Place, Postgres, alive, stopped
 
@@ -33,8 +35,14 @@ class World:
 
     fleet: Fleet
     postgres: Postgres
+    app: Durable
     restarts: list[tuple[float, float]] = field(default_factory=list)
     """When the server was away."""
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def number(self) -> int:
+        """Return a number that no other fault has."""
+        return next(self.numbers)
 
 
 class Fault:
@@ -109,7 +117,7 @@ class KillChild(Fault):
             victim = dice.choice(children(place, CHILD))
             os.kill(victim, signal.SIGKILL)
             until(lambda: not alive(victim), 5, "its death")
-            return {"pids": [victim]}
+            return {"pids": [victim], "place": place.name}
 
 
 class KillAgent(Fault):
@@ -123,7 +131,7 @@ class KillAgent(Fault):
             os.kill(victim, signal.SIGKILL)
             until(lambda: not alive(victim), 5, "its death")
             until(lambda: place.children(AGENT) not in ([], [victim]), 15, "another agent")
-            return {"pids": [victim]}
+            return {"pids": [victim], "place": place.name}
 
 
 class KillSupervisor(Fault):
@@ -140,7 +148,7 @@ class KillSupervisor(Fault):
             until(lambda: not any(map(alive, family)), 10, "the death of its children")
             gone = time.monotonic()
             until(lambda: place.command is not command, 10, "another command")
-            return {"pids": family, "orphans_for": gone - killed}
+            return {"pids": family, "orphans_for": gone - killed, "place": place.name}
 
 
 class KillBeat(Fault):
@@ -178,7 +186,7 @@ class Zombie(Fault):
             with stopped(pids):
                 time.sleep(LEASE + dice.uniform(0.2, 1.0))
                 ran_out = buried(world, children(place, CHILD), 6)
-            return {"pids": pids, "leases": ran_out}
+            return {"pids": pids, "leases": ran_out, "place": place.name}
 
 
 class ZombieAgent(Zombie):
@@ -203,7 +211,7 @@ class StopChild(Fault):
                 bitten = alive(victim)
             if not bitten:
                 raise Missed("it had died")
-            return {"pids": [victim]}
+            return {"pids": [victim], "place": place.name}
 
 
 class StopBeat(Fault):
@@ -232,7 +240,7 @@ class Reload(Fault):
             generation = world.fleet.deploy()
             place.command.process.send_signal(signal.SIGHUP)
             until(lambda: (now := place.children(CHILD)) and not set(now) & set(old), 20, "new processes")
-            return {"generation": generation}
+            return {"generation": generation, "place": place.name}
 
 
 def restarted(place: Place) -> int:
@@ -250,7 +258,7 @@ class Restart(Fault):
 
     def make(self, world: World, dice: random.Random) -> Made:
         with taken(world.fleet.workers, dice) as place:
-            return {"generation": world.fleet.deploy(), "exit": restarted(place)}
+            return {"generation": world.fleet.deploy(), "exit": restarted(place), "place": place.name}
 
 
 class Upgrade(Fault):
@@ -264,4 +272,4 @@ class Upgrade(Fault):
             if code := world.fleet.migrate(release):
                 raise Missed(f"migrate ended with {code}")
             place.moves_to(release)
-            return {"release": release.name, "exit": restarted(place)}
+            return {"release": release.name, "exit": restarted(place), "place": place.name}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from tests.chaos.application import BURST, GATE, MAX_CRASHES, PER_SECOND, SLOTS
+from tests.chaos.application import BURST, GATE, MAX_CRASHES, PER_SECOND, SLOTS, TICKS
+from tests.chaos.hostile import NEVER_ENTERED
 from tests.chaos.record import TERMINAL, Record, Violation
 from tests.chaos.recorder import Row, Transaction
 
@@ -29,12 +30,28 @@ MOVES = {
 COST = 1 / PER_SECOND
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A claim that ended without an outcome. crashed: whether the instance was charged with a crash; at: as `seen`."""
+
+    instance: int
+    version: int
+    token: int
+    worker: str | None
+    crashed: bool
+    machine: str
+    at: float
+
+
 @dataclass
 class Replay:
     """The model, and what was found wrong on the way.
 
     steps, claims, stale   outcomes committed; claims made; rows taken back from the dead
     seen                   versions that an instance has had, and since when (seconds since 1970)
+    workers                pid of each worker, by its id
+    losses                 claims that were taken back
+    ticks                  when each schedule fired
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
@@ -47,6 +64,9 @@ class Replay:
     claims: int = 0
     reaps: int = 0
     signals_stored: int = 0
+    workers: dict[str, int] = field(default_factory=dict)
+    losses: list[Loss] = field(default_factory=list)
+    ticks: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _executing: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     _live_children: dict[tuple[int, int], set[int]] = field(default_factory=lambda: defaultdict(set))
     _inbox: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -66,6 +86,8 @@ class Replay:
                 self._history(kind, row, now)
             elif table == "signals":
                 self._signal(kind, row, now)
+            elif table == "workers" and kind != "D":
+                self.workers[row["id"]] = int(row["pid"])
             elif table == "schedules" and kind != "D":
                 self._schedule(row, now)
             elif table == "buckets" and kind != "D":
@@ -127,14 +149,26 @@ class Replay:
                 (old["status"], new["status"]) == ("runnable", "awaiting_children") and instance not in now.outcomes
             ):
                 self.wrong("I-7", edge)
-            self._crashes(instance, old, new, edge)
+            self._crashes(instance, old, new, edge, now)
             if new["attempt"] != old["attempt"]:
                 self.wrong("I-16", f"{edge}, attempt {old['attempt']} {new['attempt']}")
 
-    def _crashes(self, instance: int, old: Row, new: Row, edge: str) -> None:
+    def _crashes(self, instance: int, old: Row, new: Row, edge: str, now: _Commit) -> None:
         more = int(new["crashes"]) - int(old["crashes"])
         reaped = old["status"] == "executing" and new["status"] != "executing"
         self.reaps += reaped
+        if reaped:
+            self.losses.append(
+                Loss(
+                    instance,
+                    int(old["version"]),
+                    int(old["token"]),
+                    old["worker_id"],
+                    more == 1,
+                    old["machine"],
+                    now.at,
+                )
+            )
         if more not in (0, 1) or (more and not reaped) or int(new["crashes"]) > MAX_CRASHES:
             self.wrong("I-16", f"{edge}, crashes {old['crashes']} {new['crashes']}")
         if new["status"] == "failed" and int(new["crashes"]) != MAX_CRASHES:
@@ -266,9 +300,12 @@ class Replay:
             parent = row["parent_id"]
             if parent is not None and int(parent) not in now.outcomes:
                 self.wrong("I-38", f"child {row['id']} was inserted without its parent's park")
-        ticks = sum(row["machine"] == "tick" for row in now.inserted)
-        if ticks != now.fired["tick"]:
-            self.wrong("I-41", f"{ticks} ticks were inserted in a commit that fired {now.fired['tick']}")
+        for name in TICKS:
+            ticks = sum(row["machine"] == name for row in now.inserted)
+            if ticks != now.fired[name]:
+                self.wrong("I-41", f"{ticks} of {name} were inserted in a commit that fired {now.fired[name]}")
+            if ticks:
+                self.ticks[name].append(now.at)
         for signal, target in now.consumed:
             row = self.rows.get(target)
             if target not in now.outcomes and row is not None and row["status"] not in TERMINAL:
@@ -346,7 +383,7 @@ def agrees(record: Record, model: Replay) -> Iterator[Violation]:
             )
     done = {(one.instance, one.version, one.token) for one in record.effects if one.kind == "out"}
     for instance, version, token, machine in model.outcomes:
-        if (instance, version, token) not in done:
+        if (instance, version, token) not in done and machine not in NEVER_ENTERED:
             yield Violation(
                 "I-14", f"{machine} {instance} committed version {version} of token {token} that nobody ran"
             )

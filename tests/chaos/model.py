@@ -7,12 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tests.chaos.application import CANARY, GATE, RATE
+from tests.chaos.hostile import HOSTILE, right_end
 
 SHARES = {
     "chain": 44, "job": 12, "keyed": 5, "gated": 4, "rated": 3, "collector": 12, "timer": 3, "fan": 4, "ledger": 4,
     "victim": 4, "poison": 0.12,
 }  # fmt: skip
 """The mix, in parts."""
+
+
+TASKS = ("job", "limited", "poison", "fork", "fork-async", "fork-busy", "fork-orphan", "exit", "exit-backoff",
+         "exit-async", "exit-state")  # fmt: skip
+"""What takes keyword arguments; all else are machines, and take a state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Spec:
 
     def entry(self) -> tuple[str, dict[str, Any]]:
         """As `insert_many` takes it."""
-        what = "kwargs" if self.machine in ("job", "limited", "poison") else "state"
+        what = "kwargs" if self.machine in TASKS else "state"
         return self.machine, {what: self.given, **self.options}
 
     def as_json(self) -> dict[str, Any]:
@@ -91,9 +97,12 @@ def poison(key: str) -> Spec:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an instance must end; `version` (committed outcomes) where the spec alone decides it."""
+    """How an instance must end; `version` (committed outcomes) where the spec alone decides it.
 
-    status: str
+    status  None: done or failed
+    """
+
+    status: str | None
     result: Any = None
     version: int | None = None
 
@@ -109,6 +118,8 @@ def fan_totals(n: int, depth: int) -> tuple[int, int, int]:
 
 def expected(machine: str, given: dict[str, Any]) -> End:
     """Return how an instance ends that nobody cancels and that no crash is counted out of."""
+    if machine in HOSTILE:
+        return End(*right_end(machine, given))
     match machine:
         case "chain" | "ledger":
             return End("done", {"k": given["k"], "n": given["n"]}, given["n"])

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import socket
 import struct
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 
 # CommandComplete of what writes: its answer is the one that hurts.
 _WRITTEN = re.compile(rb"C\0\0\0.(?:COMMIT|INSERT 0|UPDATE|DELETE)", re.S)
+
+
+_TERMINATE = b"X\0\0\0\4"  # nobody waits for an answer to that
+_NAME = re.compile(rb"application_name\0([^\0]*)\0")
+
+
+@dataclass(eq=False)
+class Link:
+    """One connection, both sides of it.
+
+    name          how the client calls itself
+    silent        whether what it says is taken and passed on to nobody, in either direction
+    lingers       seconds for which the server learns nothing of the client's end, once silent
+    waited_since  time.monotonic() when the client said something that no answer came to
+    closed        when the client gave it up
+    """
+
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter
+    name: str = ""
+    silent: bool = False
+    lingers: float = 0.0
+    waited_since: float | None = None
+    closed: float = 0.0
+
+    def waited(self) -> float | None:
+        """Seconds that the client waited for an answer; None: it was still waiting."""
+        assert self.waited_since is not None, "asked of those who waited"
+        return self.closed - self.waited_since if self.closed else None
 
 
 class Proxy:
@@ -29,7 +61,7 @@ class Proxy:
         self.latency = 0.0
         self.swallow = 0
         self.touched = 0
-        self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._links: set[Link] = set()
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -70,16 +102,33 @@ class Proxy:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
 
-    async def _cut(self) -> int:
-        pairs = list(self._pairs)
-        for pair in pairs:
-            self._reset(pair)
-        self.touched += len(pairs)
-        return len(pairs)
+    def silence(self, share: float, dice: random.Random, lingers: float) -> list[Link]:
+        """Never answer again on a part of the connections there are (0: on one); return them."""
 
-    def _reset(self, pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter]) -> None:
-        self._pairs.discard(pair)
-        for writer in pair:
+        async def chosen() -> list[Link]:
+            links = sorted((link for link in self._links if link.name and not link.silent), key=lambda link: link.name)
+            chosen = dice.sample(links, max(1, int(share * len(links)))) if links else []
+            for link in chosen:
+                link.silent, link.lingers = True, lingers
+            return chosen
+
+        return asyncio.run_coroutine_threadsafe(chosen(), self._loop).result(10)
+
+    def reset(self, links: list[Link]) -> None:
+        """Reset these, both sides."""
+        for link in links:
+            self._loop.call_soon_threadsafe(self._reset, link)
+
+    async def _cut(self) -> int:
+        links = list(self._links)
+        for link in links:
+            self._reset(link)
+        self.touched += len(links)
+        return len(links)
+
+    def _reset(self, link: Link) -> None:
+        self._links.discard(link)
+        for writer in (link.client, link.server):
             raw = writer.get_extra_info("socket")
             if raw is not None and raw.family == socket.AF_INET and raw.fileno() >= 0:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -91,25 +140,28 @@ class Proxy:
         except OSError:
             client.transport.abort()
             return
-        pair = (client, server)
-        self._pairs.add(pair)
-        await asyncio.gather(self._pump(reader, server, pair, False), self._pump(answers, client, pair, True))
+        link = Link(client, server)
+        self._links.add(link)
+        await asyncio.gather(self._pump(reader, server, link, False), self._pump(answers, client, link, True))
 
     async def _pump(
-        self,
-        source: asyncio.StreamReader,
-        target: asyncio.StreamWriter,
-        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
-        answers: bool,
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, link: Link, answers: bool
     ) -> None:
         try:
             while data := await source.read(65536):
+                if not answers and not link.name and (named := _NAME.search(data)):
+                    link.name = named[1].decode(errors="replace")
                 if not self._flowing.is_set():
                     self.touched += 1
                     await self._flowing.wait()
                 if self.latency:
                     self.touched += 1
                     await asyncio.sleep(self.latency)
+                if link.silent:
+                    self.touched += 1
+                    if not answers and link.waited_since is None and data != _TERMINATE:
+                        link.waited_since = time.monotonic()
+                    continue
                 if answers and self.swallow and _WRITTEN.search(data):
                     self.swallow -= 1
                     self.touched += 1
@@ -118,4 +170,8 @@ class Proxy:
                 await target.drain()
         except OSError:
             pass  # one end is gone: so is the other
-        self._reset(pair)
+        if not answers:
+            link.closed = time.monotonic()
+        if link.silent and link in self._links:
+            await asyncio.sleep(link.lingers)
+        self._reset(link)

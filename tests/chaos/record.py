@@ -50,6 +50,9 @@ class Record:
     gates                   slots that are in use at the end, by key
     exits, logs             of the commands when they were told to stop; what they had printed
     restarts                when the server was away (monotonic)
+    homes                   which command each process belonged to, by pid
+    clock                   seconds from the monotonic clock to that of the database
+    outlived                processes that steps had forked and that were there at the end, by pid
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -63,6 +66,9 @@ class Record:
     exits: dict[str, int] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
     restarts: list[tuple[float, float]] = field(default_factory=list)
+    homes: dict[int, str] = field(default_factory=dict)
+    clock: float = 0.0
+    outlived: dict[int, str] = field(default_factory=dict)
 
     def inserts(self) -> Iterator[tuple[Call, dict[str, Any], int | None]]:
         """Each spec of each insert, and the id that the client was told, if it was told one."""

@@ -25,6 +25,7 @@ PUBLISHED = {
     "signals": "id, target_id, name, dedup_key, consumed",
     "schedules": "name, next_at, fired, skipped",
     "buckets": "bucket, shard, full_at",
+    "workers": "id, pid",
 }
 """What the checker reads of each table."""
 SECONDS = 5.0

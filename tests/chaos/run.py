@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from durable import Durable
-from tests.chaos import client, effects, history_rules, record, rules
-from tests.chaos.cluster import Fleet, Postgres, dump, prepare
+from tests.chaos import client, effects, harm_rules, history_rules, record, rules
+from tests.chaos.cluster import POOLS, Fleet, Postgres, alive, dump, prepare
 from tests.chaos.faults import World
 from tests.chaos.model import Spec
 from tests.chaos.nemesis import Nemesis, plan
@@ -48,6 +50,7 @@ class Verdict:
     unknown: int = 0
     lost: int = 0
     doubled: int = 0
+    harmed: int = 0
     violations: list[Violation] = field(default_factory=list)
     folder: str | None = None
 
@@ -64,7 +67,8 @@ class Verdict:
             f" {self.instances} instances, {self.steps} steps, {self.signals} signals,"
             f" {self.unknown} calls of unknown end,"
             f" {self.taken_back} rows taken back, {self.repeated} steps repeated,"
-            f" lost {self.lost}, doubled {self.doubled}, violations {len(self.violations)}, {self.took:.0f} s"
+            f" lost {self.lost}, doubled {self.doubled}, harmed {self.harmed}, violations {len(self.violations)},"
+            f" {self.took:.0f} s"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -78,11 +82,13 @@ def run_seed(
     workers: int = 3,
     children: int = 2,
     only: Sequence[str] = (),
+    pools: Sequence[str] = POOLS,
     keep: Path | None = None,
 ) -> Verdict:
     """Run one seed; a run with violations keeps its folder, and says where it is.
 
     workers, children  worker commands, and processes of each; only: names of the faults that are drawn from
+    pools              kinds of worker processes, which commands take in turn
     keep               keep the folder there in any case
     """
     began = time.monotonic()
@@ -92,10 +98,11 @@ def run_seed(
     postgres = Postgres(small_disk=any(isinstance(planned.fault, DiskFull) for planned in schedule))
     finished = False
     try:
-        found = _storm(folder, postgres, seed, seconds, schedule, workers, children)
+        found = _storm(folder, postgres, seed, seconds, schedule, workers, children, pools)
         model = history_rules.replay(found)
         verdict.violations = [one for rule in rules.RULES for one in rule(found)]
         verdict.violations += [*model.violations, *history_rules.agrees(found, model)]
+        verdict.violations += [one for harm in harm_rules.HARM_RULES for one in harm(found, model)]
         _count(verdict, found, model)
         _keep(folder, found, verdict)
         finished = True
@@ -112,6 +119,8 @@ def run_seed(
             again = (
                 f"python -m tests.chaos --seed {seed} --seconds {seconds:g} --workers {workers} --children {children}"
             )
+            if tuple(pools) != POOLS:
+                again += f" --pools {','.join(pools)}"
             if only:
                 again += f" --only {','.join(only)}"
             print(f"seed {seed} is kept in {folder}; again: {again}", file=sys.stderr, flush=True)
@@ -119,17 +128,24 @@ def run_seed(
 
 
 def _storm(
-    folder: Path, postgres: Postgres, seed: int, seconds: float, schedule: Any, workers: int, children: int
+    folder: Path,
+    postgres: Postgres,
+    seed: int,
+    seconds: float,
+    schedule: Any,
+    workers: int,
+    children: int,
+    pools: Sequence[str],
 ) -> Record:
     found = Record()
     app = prepare(postgres)
     phases = _Phases(folder / "phases.txt")
     recorder = Recorder(postgres.dsn, folder / "recorder.txt")
-    fleet = Fleet(folder, postgres, seed, workers, children)
+    fleet = Fleet(folder, postgres, seed, workers, children, pools)
     try:
         _wait(lambda: effects.count(fleet.effects) > 50, WARM_UP, "the first steps")
         phases.note("started")
-        world = World(fleet, postgres)
+        world = World(fleet, postgres, app)
         nemesis = Nemesis(world, schedule)
         until = time.monotonic() + seconds
         nemesis.run()
@@ -142,16 +158,24 @@ def _storm(
         found.exits = fleet.stop(fleet.beats)
         settle(app, postgres, fleet.clients)
         phases.note("settled")
+        found.effects = record.read_effects(fleet.effects)
+        found.outlived = {
+            one.pid: one.mark for one in found.effects if one.kind == "fork" and alive(one.pid) and _forked(one.pid)
+        }
         found.exits |= fleet.stop(fleet.workers)
         phases.note("stopped")
+        found.effects = record.read_effects(fleet.effects)
         found.history = recorder.finish()
         with postgres.connect() as connection:
             record.read_tables(connection, found)
     finally:
         app.close()
         fleet.kill()
+        for one in record.read_effects(fleet.effects):
+            if one.kind == "fork" and _forked(one.pid):
+                os.kill(one.pid, signal.SIGKILL)
+    found.homes, found.clock = fleet.homes, time.time() - time.monotonic()
     found.calls = record.read_calls(fleet.clients)
-    found.effects = record.read_effects(fleet.effects)
     found.logs.update((path.name, path.read_text(errors="replace")) for path in fleet.logs())
     return found
 
@@ -217,6 +241,14 @@ def _titles() -> str:
     return "\n".join(found)
 
 
+def _forked(pid: int) -> bool:
+    """Whether it is a child of ours still, and no later process of that number: it has a log of effects open."""
+    try:
+        return any("effects" in str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
 def _count(verdict: Verdict, found: Record, model: history_rules.Replay) -> None:
     verdict.faults = dict(Counter(fault["kind"] for fault in found.faults if fault["bitten"]))
     verdict.missed = dict(Counter(fault["kind"] for fault in found.faults if not fault["bitten"]))
@@ -229,6 +261,7 @@ def _count(verdict: Verdict, found: Record, model: history_rules.Replay) -> None
     verdict.unknown = sum(call.outcome == "unknown" for call in found.calls)
     verdict.lost = sum(one.rule in LOST for one in verdict.violations)
     verdict.doubled = sum(one.rule in DOUBLED for one in verdict.violations)
+    verdict.harmed = sum(one.rule in harm_rules.HARMED for one in verdict.violations)
 
 
 def _keep(folder: Path, found: Record, verdict: Verdict) -> None:

@@ -17,6 +17,8 @@ from tests.chaos.application import SCHEMA
 from tests.chaos.cluster import CHILD, LEASE, Place, SmallDisk
 from tests.chaos.faults import Fault, Made, Missed, World, taken, until
 
+SILENT_FOR = 20.0
+"""Seconds after which a connection that is silent still is reset, as a network might."""
 SKEW_C = Path(__file__).with_name("skew.c")
 
 
@@ -127,7 +129,7 @@ class SkewedClock(Fault):
             finally:
                 place.extra = {}
             until(lambda: self.bites(world, place), 20, "a step by the wrong clock")
-            return {"hours": hours, "exit": place.ended[ended][1]}
+            return {"hours": hours, "exit": place.ended[ended][1], "place": place.name}
 
     def bites(self, world: World, place: Place) -> bool:
         """Whether a child's effects are dated otherwise than we would."""
@@ -198,3 +200,35 @@ class LoseAnswer(_Network):
         until(lambda: world.fleet.proxy.touched > before, 3, "an answer to be lost")
         time.sleep(0.2)
         world.fleet.proxy.swallow = 0
+
+
+class SilentOne(Fault):
+    """One connection stays open and acknowledges what it is sent, and never answers; new ones work."""
+
+    name, weight = "silent-one", 1.5
+
+    def share(self, dice: random.Random) -> float:
+        """Which part of the connections; 0: one."""
+        return 0.0
+
+    def make(self, world: World, dice: random.Random) -> Made:
+        links = world.fleet.proxy.silence(self.share(dice), dice, lingers=dice.choice((0.0, 0.0, 2 * LEASE)))
+        if not links:
+            raise Missed("no connections")
+        until = time.monotonic() + SILENT_FOR
+        while time.monotonic() < until and any(not link.closed for link in links):
+            time.sleep(0.1)
+        world.fleet.proxy.reset(links)
+        used = [link for link in links if link.waited_since is not None]
+        if not used:
+            raise Missed("nobody used it")
+        return {"links": len(links), "waited": [(link.name, link.waited()) for link in used]}
+
+
+class SilentShare(SilentOne):
+    """A part of all connections."""
+
+    name, weight = "silent-share", 1.0
+
+    def share(self, dice: random.Random) -> float:
+        return dice.uniform(0.2, 1.0)

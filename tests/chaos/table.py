@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tests.chaos import faults, surroundings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+from tests.chaos import faults, foreign, guilty, surroundings
 from tests.chaos.faults import Fault
 
 FAULTS: list[Fault] = [
@@ -27,5 +30,30 @@ FAULTS: list[Fault] = [
     surroundings.HalfOpen(),
     surroundings.LoseAnswer(),
     faults.Upgrade(),
+    guilty.ForkStep(),
+    guilty.ForkBusy(),
+    guilty.ForkOrphan(),
+    guilty.ExitStep(),
+    guilty.ExitHook(),
+    guilty.ExitLoop(),
+    surroundings.SilentOne(),
+    surroundings.SilentShare(),
+    foreign.HeldInstances(),
+    foreign.HeldParent(),
+    foreign.HeldSignal(),
+    foreign.HeldKey(),
+    foreign.HeldSchedule(),
+    foreign.HeldWorker(),
 ]
 """The order is part of what a seed means: new ones come last."""
+
+
+def chosen(patterns: Sequence[str]) -> list[str]:
+    """Return the names that these patterns (`fork-*`) name. Raises ValueError for one that names none."""
+    found: list[str] = []
+    for pattern in patterns:
+        names = [fault.name for fault in FAULTS if fnmatch(fault.name, pattern)]
+        if not names:
+            raise ValueError(f"no fault is called {pattern}")
+        found += names
+    return found
