@@ -15,10 +15,12 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from durable import task_hooks
+from durable.around import around
 from durable.canvas import NAME, Canvas, Definition
 from durable.children import Child
 from durable.context import Context, Transaction, entered
@@ -130,7 +132,12 @@ class Eager:
         """(done, failed or retry; the value; what it failed for; most attempts if it named any)."""
         try:
             with entered(context):
-                value = task.function(context, *args, **kwargs) if task.options.bind else task.function(*args, **kwargs)
+                call: Callable[[], Any] = partial(
+                    task.function, *([context, *args] if task.options.bind else args), **kwargs
+                )
+                if self._app.step_managers:
+                    call = around(self._app.step_managers, context, task.is_async, call)
+                value = call()
                 if task.is_async:
                     value = _awaited(value)
         except Cancel as cancel:

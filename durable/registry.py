@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 from durable import canvas, celery_options, validation
+from durable.around import Surroundings
 from durable.context import Context
 from durable.errors import DefinitionError, UnknownTaskError
 from durable.instance import NewInstance
@@ -86,7 +87,7 @@ class BoundTaskDecorator(Protocol):
     def __call__(self, function: Callable[Concatenate[Context, P], R], /) -> Task[P, R]: ...
 
 
-class Registry(PeriodicWork):
+class Registry(Surroundings, PeriodicWork):
     """Tasks by name and version. The three functions are what its tasks encode and submit with."""
 
     def __init__(self, encode: Encode, submit: Submit, asubmit: ASubmit) -> None:

@@ -6,6 +6,7 @@ Before the outcome is committed; errors in them are logged and change nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from durable import celery_signals as hooks
@@ -14,6 +15,8 @@ from durable.task import Task
 
 log = logging.getLogger(__name__)
 
+resets: list[Callable[[], None]] = []
+"""Called before the hooks of a beginning and after those of an end, in the thread that runs them. Must not raise."""
 _STATES = {"done": "SUCCESS", "failed": "FAILURE"}
 
 
@@ -24,6 +27,8 @@ def observed(task: Task[..., Any]) -> bool:
 
 def begun(task: Task[..., Any], context: Context[Any], args: list[Any], kwargs: dict[str, Any]) -> None:
     """Tell that a step begins."""
+    for reset in resets:
+        reset()
     hooks.task_prerun.send(task, task_id=context.id, task=task, args=args, kwargs=kwargs)
     _call(task, "before_start", context.id, args, kwargs)
 
@@ -59,6 +64,8 @@ def ended(
         _call(task, "on_retry", error, context.id, args, kwargs, info)
     hooks.task_postrun.send(task, task_id=context.id, task=task, args=args, kwargs=kwargs, retval=retval, state=state)
     _call(task, "after_return", state, retval, context.id, args, kwargs, info)
+    for reset in resets:
+        reset()
 
 
 def _call(task: Task[..., Any], name: str, *values: Any) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from durable.app import Durable
+from durable.around import around
 from durable.context import Context, Transaction, entered
 from durable.errors import CorruptRowError, ValidationError
 from durable.instance import Claimed
@@ -84,6 +85,7 @@ class AsyncExecutor:
         self._machines = machines
         self._connections = connections
         self._aside = aside
+        self._managers = app.step_managers
 
     async def execute(self, execution: Execution) -> Commit:
         """Run the step of a claimed row and return its outcome. Raises StepAgain, as `Executor.execute`."""
@@ -121,8 +123,12 @@ class AsyncExecutor:
         problem: BaseException | None = None
         try:
             async with aentered(context, self._connections.aside):
-                call = partial(task.function, *([context, *args] if task.options.bind else args), **kwargs)
+                call: Callable[[], Any] = partial(
+                    task.function, *([context, *args] if task.options.bind else args), **kwargs
+                )
                 seconds = task.options.soft_time_limit or app.conf.soft_time_limit
+                if self._managers:
+                    call = around(self._managers, context, True, call)
                 value = await self._user(execution, seconds, call)
                 commit = await self._committed(context, self._tasks.outcome(claimed, task, value))
         except StepAgain:
@@ -151,7 +157,10 @@ class AsyncExecutor:
         try:
             async with aentered(context, self._connections.aside):
                 seconds = definition.options.soft_time_limit or app.conf.soft_time_limit
-                value = await self._user(execution, seconds, partial(step, machine, context))
+                call: Callable[[], Any] = partial(step, machine, context)
+                if self._managers:
+                    call = self._machines.inside(context, True, call)
+                value = await self._user(execution, seconds, call)
                 outcome = partial(self._machines.outcome, claimed, definition, context, value)
                 # Limits of a next step or of children are looked up in the database.
                 looks_up = isinstance(value, Next | ScheduleChildren)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from durable import telemetry
+from durable import django_support, task_hooks, telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
@@ -152,11 +152,43 @@ def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: S
         soft_limit.install()
     if app.conf.max_tasks_per_child or app.conf.max_memory_per_child:
         engine.slot.worn = Wear(app.conf.max_tasks_per_child, app.conf.max_memory_per_child, retire).after_step
+    _support_django(app)
     worker_process_init.send(name)
+    if not _started(app):
+        return 70
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()
     engine.slot.run()
     bell.ring()
     finished.wait()
+    _stopped(app)
     worker_process_shutdown.send(name, pid=os.getpid(), exitcode=0)
     return 0
+
+
+def _support_django(app: Durable) -> None:
+    """Have steps and hooks close Django's broken connections, if Django is in use."""
+    steps = django_support.of_process()
+    if steps is not None:
+        app.step_managers.insert(0, steps)  # the outermost: a transaction of another manager is inside
+        task_hooks.resets.append(steps.close_old)
+
+
+def _started(app: Durable) -> bool:
+    """Call the functions marked `on_process_start`; False when one raised."""
+    for function in app.process_starts:
+        try:
+            function()
+        except BaseException as error:
+            log.critical("this worker process ends: %r, marked on_process_start, raised", function, exc_info=error)
+            return False
+    return True
+
+
+def _stopped(app: Durable) -> None:
+    """Call the functions marked `on_process_stop`."""
+    for function in app.process_stops:
+        try:
+            function()
+        except BaseException:
+            log.exception("%r, marked on_process_stop, raised", function)

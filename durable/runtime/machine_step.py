@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
 from durable.app import Durable
+from durable.around import around
+from durable.canvas import BUILT_IN
 from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DatabaseUnavailableError, DurableError, OutcomeError, ValidationError
 from durable.instance import Claimed, NewInstance, Payload
@@ -49,6 +51,7 @@ class MachineRunner:
         self._begin = begin
         self._within = within
         self._soft_time_limit = app.conf.soft_time_limit
+        self._managers = app.step_managers
 
     def run(self, claimed: Claimed, definition: MachineDefinition) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -69,7 +72,10 @@ class MachineRunner:
         try:
             with entered(context):
                 seconds = definition.options.soft_time_limit or self._soft_time_limit
-                value = self._within(seconds, self._coroutines, is_async, partial(step, machine, context))
+                call: Callable[[], Any] = partial(step, machine, context)
+                if self._managers:
+                    call = self.inside(context, is_async, call)
+                value = self._within(seconds, self._coroutines, is_async, call)
                 if inspect.iscoroutine(value):
                     value.close()
                     raise OutcomeError(
@@ -81,6 +87,10 @@ class MachineRunner:
         except BaseException as error:
             error_seen = error
         return self.ended_by(claimed, definition, context, machine, error_seen)
+
+    def inside(self, context: Context[Any], is_async: bool, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what calls user code inside the app's `around_step` managers; a canvas has none."""
+        return call if context.name in BUILT_IN else around(self._managers, context, is_async, call)
 
     def loaded(self, claimed: Claimed, definition: MachineDefinition) -> tuple[Any, Any, Any]:
         """Return a row's step, its state as it was stored, and loaded. Raises CorruptRowError, ValidationError."""
@@ -112,7 +122,10 @@ class MachineRunner:
         """Ask the machine's `handle`; if that fails too, or returns nonsense, the instance fails for it."""
         try:
             with entered(context):
-                value = machine.handle(error, context)
+                handle: Callable[[], Any] = partial(machine.handle, error, context)
+                if self._managers:
+                    handle = self.inside(context, inspect.iscoroutinefunction(machine.handle), handle)
+                value = handle()
                 if inspect.iscoroutine(value):
                     value = self._coroutines.run(value)
             commit = self.outcome(claimed, definition, context, value)

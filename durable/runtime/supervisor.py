@@ -25,13 +25,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from durable import telemetry
+from durable import django_support, telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_init, worker_ready, worker_shutdown
 from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
 from durable.runtime.child import RETIRE, run_child
 from durable.runtime.executor import time_limits
+from durable.runtime.inherited import open_connections
 from durable.runtime.places import Place, Places
 from durable.runtime.process import describe_exit, fork
 from durable.runtime.quarantine import Quarantine
@@ -87,6 +88,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until stopped by a signal; return the exit code. After SIGHUP it replaces itself by a fresh one."""
+        django_support.close_all()  # a pool of them is threads, too
         if threading.active_count() > 1:
             log.warning(
                 "importing the app started threads; forking with threads is unsafe, start them in tasks instead"
@@ -95,6 +97,12 @@ class Supervisor:
             signal.signal(number, self._heard)
         worker_init.send(self._name)
         gc.collect()
+        for found in open_connections():
+            log.warning(
+                "%s was opened before the worker processes are forked, which share it and read each other's answers; "
+                "open it in a function marked @app.on_process_start",
+                found,
+            )
         gc.freeze()  # what was imported stays on pages the children share
         self._fork_agent()
         self._fill_places()
@@ -335,6 +343,7 @@ class Supervisor:
             with telemetry.process(role):
                 return body()
 
+        django_support.close_all()
         return fork(be, title)
 
     def _tell_agent(self, message: Mapping[str, object]) -> None:

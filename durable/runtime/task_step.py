@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from durable.app import Durable
+from durable.around import around
 from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadError
 from durable.instance import Claimed
@@ -42,6 +44,7 @@ class TaskRunner:
         self._begin = begin
         self._within = within
         self._soft_time_limit = app.conf.soft_time_limit
+        self._managers = app.step_managers
 
     def run(self, claimed: Claimed, task: Task[..., Any]) -> Commit:
         """Run the step of a claimed row and return its outcome."""
@@ -70,7 +73,10 @@ class TaskRunner:
                 seconds = task.options.soft_time_limit or self._soft_time_limit
                 if task.options.bind:
                     args = [context, *args]
-                value = self._within(seconds, self._coroutines, task.is_async, partial(function, *args, **kwargs))
+                call: Callable[[], Any] = partial(function, *args, **kwargs)
+                if self._managers:
+                    call = around(self._managers, context, task.is_async, call)
+                value = self._within(seconds, self._coroutines, task.is_async, call)
                 return context.commit(self.outcome(claimed, task, value)), value, None
         except StepAgain:
             raise

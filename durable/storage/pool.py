@@ -31,6 +31,9 @@ from durable.storage.session import (
     unavailable,
 )
 
+OWN_POOL = "durable"
+"""Name of a producer's pool."""
+
 _pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
 _inherited: list[Any] = []  # kept for ever: closing or collecting them would speak on the parent's sockets
 
@@ -130,7 +133,7 @@ class ProducerPool:
                     configure=self._configure,
                     check=_check,
                     reconnect_timeout=self._timeout,
-                    name="durable",
+                    name=OWN_POOL,
                     open=True,
                 )
             return self._sync
