@@ -1,8 +1,9 @@
 """What a caller may give as `connection=`: psycopg's, SQLAlchemy's or Django's, turned into the driver's connection.
 
-And who tells of the commit: a SQLAlchemy session and a Django connection have a hook that runs after it. Nothing else
-has: SQLAlchemy's event "commit" of a Connection comes before the COMMIT, so that a Connection, and a Session that is
-bound to one (whose commit may not be that connection's), is as good as a raw psycopg connection.
+It also says how workers learn of the commit. A SQLAlchemy session and a Django connection have a hook that runs after
+it, and the runtime sends what a step's own connection owes. Nothing else has one: SQLAlchemy's event "commit" of a
+Connection comes before the COMMIT, so that a Connection, and a Session that is bound to one (whose commit may not be
+that connection's), is treated as a raw psycopg connection.
 
 Neither library is imported here: whoever has one of its objects has imported it.
 """
@@ -18,9 +19,14 @@ from typing import Any, Generic, TypeVar
 import psycopg
 
 from durable.errors import ConnectionUsageError
+from durable.storage.step_connection import AsyncStepConnection, StepConnection, Wakeups
 
 C = TypeVar("C")
 Action = Callable[[], None]
+
+_ASYNC_TWIN = "await the async twin of this call (aapply_async, ainsert, asignal)"
+_SYNC_TWIN = "make the sync call (apply_async, insert, signal)"
+_OTHER_DRIVERS = {"aiopg", "asyncpg", "MySQLdb", "pg8000", "psycopg2", "pymysql", "sqlite3", "aiosqlite"}
 
 _PENDING = "durable: after commit"
 """Key in a session's `info`: a list of (SessionTransaction, action)."""
@@ -33,18 +39,28 @@ class Caller(Generic[C]):
     connection    the driver's, usable now; whatever runs on it belongs to the caller's transaction, if there is one
     after_commit  takes what is to run once that transaction has committed, and never if it does not; it must not raise.
                   None where nobody tells of the commit
+    may_notify    whether its transaction may carry a NOTIFY: Postgres prepares none that does (two-phase commit)
+    notify_later  takes the notifications that are to be sent on the same connection once it has committed
     """
 
     connection: C
     after_commit: Callable[[Action], None] | None = None
+    may_notify: bool = True
+    notify_later: Callable[[Wakeups], None] | None = None
 
 
-def accept(given: Any) -> Caller[psycopg.Connection[Any]]:
+def accept(given: Any, otherwise: str = _ASYNC_TWIN) -> Caller[psycopg.Connection[Any]]:
     """Return the caller behind the `connection=` of a sync call.
 
-    Raises ConnectionUsageError for what can't be used, psycopg.Error when it can't connect.
+    Args:
+        given: What the caller gave.
+        otherwise: What to do instead with a connection for coroutines.
+
+    Raises:
+        ConnectionUsageError: It can't be used; the message says what it is and what to give instead.
+        psycopg.Error: It is lazy, and can't connect.
     """
-    caller: Caller[Any] = Caller(given)
+    caller: Caller[Any] = _raw(given)
     if not isinstance(given, psycopg.Connection):
         given = _unwrapped(given, "sqlalchemy.orm", "scoped_session")
         if _is(given, "sqlalchemy.orm", "Session"):
@@ -56,13 +72,17 @@ def accept(given: Any) -> Caller[psycopg.Connection[Any]]:
         elif (wrapper := _django(given)) is not None:
             with _refusals("django.db", "Error"):
                 caller = _wrapper(wrapper)
-    _usable(caller.connection, psycopg.Connection, "a SQLAlchemy Connection or Session or a Django connection")
+    if not isinstance(caller.connection, psycopg.Connection):
+        raise ConnectionUsageError(
+            _refusal(given, caller.connection, "psycopg Connection, SQLAlchemy Connection or Session", otherwise)
+        )
+    _usable(caller.connection)
     return caller
 
 
 async def aaccept(given: Any) -> Caller[psycopg.AsyncConnection[Any]]:
     """`accept` for coroutines."""
-    caller: Caller[Any] = Caller(given)
+    caller: Caller[Any] = _raw(given)
     if not isinstance(given, psycopg.AsyncConnection):
         given = _unwrapped(given, "sqlalchemy.ext.asyncio", "async_scoped_session")
         if _is(given, "sqlalchemy.ext.asyncio", "AsyncSession"):
@@ -75,8 +95,67 @@ async def aaccept(given: Any) -> Caller[psycopg.AsyncConnection[Any]]:
             raise ConnectionUsageError(
                 "connection= is Django's, whose connections are sync: make the sync call, inside sync_to_async"
             )
-    _usable(caller.connection, psycopg.AsyncConnection, "a SQLAlchemy AsyncConnection or AsyncSession")
+    if not isinstance(caller.connection, psycopg.AsyncConnection):
+        raise ConnectionUsageError(
+            _refusal(given, given, "psycopg AsyncConnection, SQLAlchemy AsyncConnection or AsyncSession", _SYNC_TWIN)
+        )
+    _usable(caller.connection)
     return caller
+
+
+def _raw(given: Any) -> Caller[Any]:
+    """Return the caller of a value that nothing stands around."""
+    if isinstance(given, StepConnection | AsyncStepConnection):
+        return Caller(given, notify_later=given.wakeups.append)
+    return Caller(given, may_notify=_two_phase(given) is None)
+
+
+def _two_phase(connection: Any) -> tuple[Any, bool] | None:
+    """Return what psycopg keeps of `tpc_begin`: the transaction's id, and whether it is prepared."""
+    if not isinstance(connection, psycopg.Connection | psycopg.AsyncConnection):
+        return None
+    return getattr(connection, "_tpc", None)
+
+
+def _refusal(given: Any, driver: Any, wanted: str, otherwise: str) -> str:
+    """Say what a value is that is no connection for this call, and what to give instead.
+
+    Args:
+        given: The value.
+        driver: The driver's connection that it leads to, or the value itself.
+        wanted: What the call takes.
+        otherwise: Which call takes a connection of the other kind, sync or for coroutines.
+    """
+    kind = type(given)
+    name, package = kind.__name__, kind.__module__.partition(".")[0]
+    if isinstance(given, str):
+        configured = getattr(_loaded("django.conf", "settings"), "configured", False)
+        if configured and given in (_loaded("django.db", "connections") or ()):
+            return f"connection= is a name; give Django's connection itself: django.db.connections[{given!r}]"
+        return f"connection= is a str; a DSN must be opened first (psycopg.connect): give a {wanted}"
+    if name == "Context" and package == "durable":
+        return "connection= is the step's Context: give ctx.connection"
+    if "cursor" in name.lower():
+        return f"connection= is a cursor ({package}'s {name}): give the connection that it belongs to"
+    if "engine" in name.lower() or "sessionmaker" in name.lower():
+        article = "an" if name[0] in "AEIOUaeiou" else "a"
+        return (
+            f"connection= is {article} {name}, which has no transaction: give a connection or session of it; {wanted}"
+        )
+    if "pool" in name.lower() and "proxy" not in name.lower() and package != "asyncpg":
+        return (
+            f"connection= is a pool ({package}'s {name}), which has no transaction: give a connection of it; {wanted}"
+        )
+    if package in _OTHER_DRIVERS:
+        return (
+            f"connection= is {package}'s {name}, and a transaction belongs to one driver: durable speaks psycopg 3; "
+            f"run the transaction on a {wanted}"
+        )
+    if driver is not given:  # a sync object of SQLAlchemy inside run_sync
+        name = f"{name} of an async engine"
+    if isinstance(given, psycopg.Connection | psycopg.AsyncConnection) or package == "sqlalchemy":
+        return f"connection= is {package}'s {name}: {otherwise}; this call takes a {wanted}"
+    return f"connection= must be a {wanted}, got {name}"
 
 
 def _loaded(module: str, name: str) -> Any:
@@ -105,16 +184,13 @@ def _refusals(module: str, name: str) -> Iterator[None]:
         raise ConnectionUsageError(f"connection= can't be used: {error}") from error
 
 
-def _usable(connection: Any, kind: type[Any], others: str) -> None:
-    if not isinstance(connection, kind):
-        raise ConnectionUsageError(
-            f"connection= must be a {kind.__module__}.{kind.__name__}, got {type(connection).__name__}; "
-            f"{others} will do"
-        )
+def _usable(connection: Any) -> None:
     if connection.closed:
         raise ConnectionUsageError("connection= is closed")
     if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
         raise ConnectionUsageError("connection= is in a failed transaction; roll it back first")
+    if (_two_phase(connection) or (None, False))[1]:
+        raise ConnectionUsageError("connection= is in a prepared transaction, which takes no statement; call before it")
     if connection.info.pipeline_status != psycopg.pq.PipelineStatus.OFF:
         raise ConnectionUsageError("connection= is in a pipeline, where no id comes back; leave the pipeline first")
     if connection.info.encoding != "utf-8":
@@ -136,7 +212,7 @@ def _connection(connection: Any) -> Caller[Any]:
     driver = connection.connection.driver_connection
     if transaction is None and not driver.autocommit:
         connection.begin()  # as its own first statement would; it commits only what it knows to have begun
-    return Caller(driver)
+    return Caller(driver, may_notify=not _is(connection.get_transaction(), "sqlalchemy.engine", "TwoPhaseTransaction"))
 
 
 def _session(session: Any) -> Caller[Any]:

@@ -14,6 +14,8 @@ from durable.errors import ConfigError
 
 VARIABLE = "DURABLE_DSN"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PLACES = ("PGSERVICE", "PGHOST", "PGHOSTADDR", "PGDATABASE")
+"""Environment variables of libpq, one of which must be set for a DSN that names nothing itself."""
 _PORTS = re.compile(r"[0-9,]*")
 
 
@@ -65,6 +67,9 @@ def check(dsn: str, source: str) -> str:
     # libpq ends the user part at the first @ or /: the rest of such a password would be shown as a host or a port.
     if scheme and ("@" in str(parts.get("host", "")) or not _PORTS.fullmatch(str(parts.get("port", "")))):
         raise ConfigError(f"{source}: write @ as %40, / as %2F and : as %3A in its password; its host or port is none")
-    if not parts:
-        raise ConfigError(f"{source} is empty; give postgresql://user:password@host:port/database")
+    if not parts and not (scheme and any(os.environ.get(name) for name in _PLACES)):
+        raise ConfigError(
+            f"{source} is empty; give postgresql://user:password@host:port/database, or postgresql:// and where it is "
+            f"in the environment ({', '.join(_PLACES)})"
+        )
     return dsn

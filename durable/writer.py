@@ -79,9 +79,11 @@ class Writer:
             wakeups: Sequence[Operation[Any]] = ()
             if theirs.info.transaction_status == _IDLE:
                 wakeups = write.wakeups(value)  # it has committed already
+            elif caller.notify_later is not None:
+                caller.notify_later(partial(write.wakeups, value))
             elif caller.after_commit is not None:
                 caller.after_commit(partial(self._notify, write, value))
-            elif notify_in_transaction:
+            elif notify_in_transaction and caller.may_notify:
                 wakeups = write.inside(value)
             for wakeup in wakeups:
                 run(theirs, self._sql, wakeup, foreign=True)
@@ -109,9 +111,11 @@ class Writer:
             wakeups: Sequence[Operation[Any]] = ()
             if theirs.info.transaction_status == _IDLE:
                 wakeups = write.wakeups(value)  # it has committed already
+            elif caller.notify_later is not None:
+                caller.notify_later(partial(write.wakeups, value))
             elif caller.after_commit is not None:
                 caller.after_commit(partial(self._notify_aside, write, value))
-            elif notify_in_transaction:
+            elif notify_in_transaction and caller.may_notify:
                 wakeups = write.inside(value)
             for wakeup in wakeups:
                 await arun(theirs, self._sql, wakeup, foreign=True)

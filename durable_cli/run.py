@@ -217,8 +217,13 @@ def place(app: Durable, database: str) -> str:
     if app.database.embedded:
         return "embedded"
     parts = conninfo_to_dict(app.database.dsn())
-    host = str(parts.get("host") or parts.get("hostaddr") or "localhost")
-    port = parts.get("port")
+    environment = os.environ.get
+    host = str(parts.get("host") or parts.get("hostaddr") or environment("PGHOST") or environment("PGHOSTADDR") or "")
+    port = parts.get("port") or environment("PGPORT")
+    service = parts.get("service") or environment("PGSERVICE")
+    if service and not host:
+        return f"service {service}, {database}"
+    host = host or "localhost"
     return f"{host}{f':{port}' if port and not host.startswith('/') else ''}/{database}".replace("//", "/")
 
 

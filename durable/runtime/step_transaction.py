@@ -81,6 +81,7 @@ class _Sync:
     def begin(self) -> None:
         self.connection.row_factory = tuple_row
         self.connection.cursor_factory = psycopg.Cursor
+        self.connection.wakeups = []
         self.connection.execute(BEGIN, prepare=False)
 
     def run(self, sql: Statements, operation: Operation[T]) -> T:
@@ -103,6 +104,7 @@ class _Async:
     def begin(self) -> None:
         self.connection.row_factory = tuple_row
         self.connection.cursor_factory = psycopg.AsyncCursor
+        self.connection.wakeups = []
         run_beside(self._begin())
 
     async def _begin(self) -> None:
@@ -294,8 +296,24 @@ class StepTransaction:
             log.warning("the answer to a COMMIT was lost: %s", describe(error), extra=reporting.fields(self._claimed))
             return self._find_out(commit, flushed)
         commit.flushed = flushed
+        if lent.connection.wakeups:
+            self._notify(lent)
         self._give_back()
         return commit
+
+    def _notify(self, lent: Lent) -> None:
+        """Tell workers what the step has enqueued on its connection, now that it is committed."""
+        try:
+            for due in lent.connection.wakeups:
+                for operation in due():
+                    lent.run(self._connections.sql, operation)
+        except psycopg.Error as error:
+            log.warning(
+                "instance %d: workers could not be notified after its commit: %s; their next poll finds the rows",
+                self._claimed.id,
+                describe(error),
+                extra=reporting.fields(self._claimed),
+            )
 
     def abandon(self, error: BaseException) -> None:
         """Roll everything back after the step raised. Raises StepAgain when that was not the step's fault."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
 
 from durable.errors import ConnectionUsageError
 from durable.storage import arrays
-from durable.storage.session import connection_defaults
+from durable.storage.session import Operation, connection_defaults
 
 T = TypeVar("T")
+Wakeups = Callable[[], Sequence[Operation[Any]]]
+"""Makes the notifications that are due after a commit; often none."""
 
 # What a step before this one has left in the session is not this one's. In a transaction of its own, since a step may
 # still choose its isolation level, which only the first statement of a transaction can.
@@ -36,6 +38,9 @@ def _refuse(what: str) -> NoReturn:
 
 class StepConnection(psycopg.Connection[Any]):
     """What `ctx.connection` is in a step."""
+
+    wakeups: list[Wakeups]
+    """The runtime's: notifications for after the commit. In the transaction, a full NOTIFY queue would undo it."""
 
     def commit(self) -> None:
         _refuse("commit()")
@@ -63,6 +68,8 @@ class StepConnection(psycopg.Connection[Any]):
 
 class AsyncStepConnection(psycopg.AsyncConnection[Any]):
     """What `ctx.connection` is in an `async def` step."""
+
+    wakeups: list[Wakeups]
 
     async def commit(self) -> None:
         _refuse("commit()")

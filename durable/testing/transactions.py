@@ -16,6 +16,8 @@ from durable.storage import arrays, migrations, partitions, testing
 from durable.storage.session import Connection, run
 from durable.testing import seams
 
+_OTHERWISE = "transaction() runs everything on one sync connection, in async tests too"
+
 
 class _AtOnce(Watcher):
     """Answers a wait at once: what is in a transaction nobody else can see, so nobody else will finish it."""
@@ -66,7 +68,7 @@ def transaction(app: Durable, connection: Any = None) -> Iterator[Connection]:
             with own.transaction(force_rollback=True), pool.borrowing(own), seams.watched_by(app, _AtOnce(app)):
                 yield own
         return
-    theirs = accept(connection).connection
+    theirs = accept(connection, _OTHERWISE).connection
     arrays.register(theirs.adapters)
     with theirs.transaction(force_rollback=True):
         migrations.check(theirs, app.schema)

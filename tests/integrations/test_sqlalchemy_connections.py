@@ -111,5 +111,5 @@ def test_another_driver_is_named_with_the_remedy(task: Task[..., Any]) -> None:
 
 
 def test_an_engine_is_not_a_connection(task: Task[..., Any], engine: sqlalchemy.Engine) -> None:
-    with pytest.raises(ConnectionUsageError, match="got Engine; a SQLAlchemy Connection or Session or a Django"):
+    with pytest.raises(ConnectionUsageError, match="is an Engine, which has no transaction"):
         task.apply_async(connection=engine)

@@ -54,11 +54,9 @@ def test_a_failed_transaction_is_named(app: Durable, task: Task[..., Any], their
     assert task.apply_async(connection=theirs).id
 
 
-@pytest.mark.parametrize(
-    "wrong", [5, "postgresql://", object(), sqlite3.Connection], ids=lambda wrong: str(type(wrong))
-)
+@pytest.mark.parametrize("wrong", [5, object(), sqlite3.Connection], ids=lambda wrong: str(type(wrong)))
 def test_the_wrong_kind_is_named(app: Durable, task: Task[..., Any], wrong: Any) -> None:
-    refused(app, task, wrong, r"connection= must be a psycopg\.Connection, got \w+")
+    refused(app, task, wrong, r"connection= must be a psycopg Connection, SQLAlchemy Connection or Session, got \w+")
 
 
 def test_an_async_connection_in_a_sync_call_and_the_reverse_are_named(
@@ -66,13 +64,13 @@ def test_an_async_connection_in_a_sync_call_and_the_reverse_are_named(
 ) -> None:
     async def main() -> None:
         async with await psycopg.AsyncConnection.connect(database) as connection:
-            refused(app, task, connection, r"must be a psycopg\.Connection, got AsyncConnection")
+            refused(app, task, connection, "is psycopg's AsyncConnection: await the async twin")
         for call in (
             task.aapply_async(connection=theirs),
             app.ainsert(task, connection=theirs),
             app.ainsert_many([(task, {})], connection=theirs),
         ):
-            with pytest.raises(ConnectionUsageError, match=r"must be a psycopg\.AsyncConnection, got Connection"):
+            with pytest.raises(ConnectionUsageError, match="is psycopg's Connection: make the sync call"):
                 await call
         with pytest.raises(ConnectionUsageError, match="is closed"):
             await task.aapply_async(connection=connection)

@@ -47,7 +47,11 @@ def test_every_form_libpq_knows_is_accepted_unchanged(dsn: str) -> None:
     ],
     ids=lambda value: value[:20],
 )
-def test_a_wrong_dsn_is_refused_without_showing_its_password(dsn: str, message: str) -> None:
+def test_a_wrong_dsn_is_refused_without_showing_its_password(
+    dsn: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PGSERVICE", "PGHOST", "PGHOSTADDR", "PGDATABASE"):
+        monkeypatch.delenv(name, raising=False)
     for make in (lambda: check(dsn, "dsn"), lambda: Database(dsn), lambda: Durable("x", dsn=dsn)):
         with pytest.raises(ConfigError, match=message) as caught:
             make()
