@@ -22,19 +22,34 @@ from durable_cli.values import GRANT
     "--grant", "granted", type=GRANT, multiple=True, metavar="KIND=ROLE",
     help="Then let a database role do what a producer, a worker or an admin must; may be given several times.",
 )  # fmt: skip
+@click.option(
+    "--revoke", "revoked", type=GRANT, multiple=True, metavar="KIND=ROLE",
+    help="Withdraw what --grant gave, and forget the role; may be given several times.",
+)  # fmt: skip
 @database_options
 @click.pass_context
-def migrate(ctx: click.Context, status: bool, sql: bool, granted: tuple[tuple[str, str], ...]) -> None:
+def migrate(
+    ctx: click.Context,
+    status: bool,
+    sql: bool,
+    granted: tuple[tuple[str, str], ...],
+    revoked: tuple[tuple[str, str], ...],
+) -> None:
     """Create or upgrade the schema. Any number may run at once; workers may go on meanwhile.
 
     --grant producer=ROLE lets a role insert, signal and read results; worker=ROLE also claim, commit, beat; admin=ROLE
-    owns the schema from then on, and so may migrate. To be given again after an upgrade.
+    owns the schema from then on, and so may migrate. The schema records these roles: each migrate makes their rights
+    whole again, on new tables too and after a restore without privileges.
     """
     session: Session = ctx.obj
-    if status and (sql or granted):
+    if status and (sql or granted or revoked):
         raise CommandError("give --status alone", USAGE)
     if sql and any(kind == "admin" for kind, _ in granted):
         raise CommandError("--sql can't tell what an admin is to own: it connects to nothing", USAGE)
+    if sql and revoked:
+        raise CommandError(
+            "--sql prints no --revoke: REVOKE by hand, and delete the role's row from the table grants", USAGE
+        )
     app = session.database()
     if sql:
         _print_script(session, app, granted)
@@ -45,13 +60,18 @@ def migrate(ctx: click.Context, status: bool, sql: bool, granted: tuple[tuple[st
             ctx.exit(_print_status(session, app, connection))
         applied = [f"{migration.id:04}_{migration.name}" for migration in migrations.migrate(connection, app.schema)]
         run_atomically(connection, app.sql, app.limit_rows.declare())
+        if revoked:
+            grants.revoke(connection, app.schema, revoked)
         if granted:
             grants.grant(connection, app.schema, granted)
     if session.as_json:
-        print_json({"schema": app.schema, "applied": applied, "granted": [list(pair) for pair in granted]})
+        found = {"schema": app.schema, "applied": applied}
+        print_json(found | {"granted": [list(pair) for pair in granted], "revoked": [list(pair) for pair in revoked]})
     else:
         for name in applied:
             say(f"applied {name}")
+        for kind, role in revoked:
+            say(f"revoked {kind} from {role}")
         for kind, role in granted:
             say(f"granted {kind} to {role}")
         say(f"schema {app.schema!r} is up to date")

@@ -48,6 +48,11 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quote_literal(text: str) -> str:
+    """Return `text` as a quoted SQL literal, for a server with standard_conforming_strings."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 class Statements:
     """The statements of one schema, by name; each text is made once."""
 

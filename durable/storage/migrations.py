@@ -20,8 +20,8 @@ from psycopg import errors as pg_errors
 from psycopg import sql
 
 from durable.errors import SchemaError
-from durable.sql import Statements, packaged
-from durable.storage import maintenance, partitions
+from durable.sql import Statements, packaged, quote_literal
+from durable.storage import grants, maintenance, partitions
 from durable.storage.session import Connection, patient, run
 
 log = logging.getLogger(__name__)
@@ -85,14 +85,18 @@ def pending(connection: Connection, schema: str) -> list[Migration]:
 def script(schema: str) -> str:
     """Return the whole schema as SQL text, for people who apply it by hand."""
     statements = Statements(schema)
-    parts = ["BEGIN;", statements.render(_HEAD)]
+    parts = ["BEGIN;", _head(statements)]
     for migration in known():
         parts.append(statements.render(migration.text))
         parts.append(statements.render(_record(migration)))
     return "\n".join([*parts, "COMMIT;", "-- `durable migrate` also makes the history's partitions, 14 days ahead."])
 
 
-_HEAD = """CREATE SCHEMA IF NOT EXISTS {schema};
+# CREATE SCHEMA IF NOT EXISTS wants CREATE on the database even when the schema exists: the owner of a schema that
+# somebody else made for it does not have that.
+_HEAD = """DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = {name}) THEN CREATE SCHEMA {schema}; END IF;
+END $$;
 CREATE TABLE IF NOT EXISTS {schema}.migrations (
     id integer PRIMARY KEY,
     name text NOT NULL,
@@ -100,6 +104,10 @@ CREATE TABLE IF NOT EXISTS {schema}.migrations (
     breaking boolean NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );"""
+
+
+def _head(statements: Statements) -> str:
+    return statements.render(_HEAD).replace("{name}", quote_literal(statements.schema))
 
 
 def _record(migration: Migration) -> str:
@@ -139,16 +147,17 @@ def _migrate(connection: Connection, statements: Statements) -> list[Migration]:
     schema = statements.schema
     with patient(connection, LONGEST_STATEMENT), connection.transaction():
         connection.execute(f"SET LOCAL statement_timeout = '{LONGEST_STATEMENT:.0f}s'")
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s), 10)", (f"durable.{schema}",))
+        grants.lock_schema(connection, schema)
         have = applied(connection, schema)
         _refuse_other_texts(have, schema)
         missing = [migration for migration in known() if migration.id not in have]
-        if not have:  # an admin's role need not be allowed to create schemas
-            connection.execute(statements.render(_HEAD).encode())
+        if not have:
+            connection.execute(_head(statements).encode())
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
         for migration in missing:
             connection.execute(statements.render(migration.text).encode())
             connection.execute(statements.render(_record(migration)).encode())
+        grants.restore(connection, statements)
     return missing
 
 

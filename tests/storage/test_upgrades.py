@@ -63,7 +63,7 @@ class Old:
     def __init__(self, connection: Connection, schema: str, release: int) -> None:
         self.connection, self.schema, self.release = connection, schema, release
         statements = Statements(schema)
-        connection.execute(statements.render(migrations._HEAD).encode())
+        connection.execute(migrations._head(statements).encode())
         for migration in migrations.known()[:release]:
             connection.execute(statements.render(migration.text).encode())
             connection.execute(statements.render(migrations._record(migration)).encode())
