@@ -48,15 +48,16 @@ class Held(Fault):
                 time.sleep(LOOK)
             released = time.monotonic()
             holder.commit() if commits else holder.rollback()
-            self.freed(world, commits)
             wanted = waited > 0 or self.wanted(looker, ids, before)
         if not wanted:
             raise Missed("nobody wanted what was held")
         waiting = sum(work) / len(work)  # how often there was work that no process had taken
-        return {"seconds": seconds, "waited": waited, "waiting": waiting, "released": released, "rows": len(ids)}
+        made = {"seconds": seconds, "waited": waited, "waiting": waiting, "released": released, "rows": len(ids)}
+        return {**made, **self.concerns(world, ids)}
 
-    def freed(self, world: World, commits: bool) -> None:
-        """Called when the transaction has ended."""
+    def concerns(self, world: World, ids: list[int]) -> Made:
+        """Return what the fault log keeps about what was held."""
+        return {}
 
     def wanted(self, looker: psycopg.Connection[Any], ids: list[int], before: list[Any]) -> bool:
         """Whether somebody does something to a held row once it is free."""
@@ -183,8 +184,42 @@ class HeldWorker(Held):
     name, weight = "held-worker", 0.7
 
     def lock(self, holder: psycopg.Connection[Any], world: World, dice: random.Random) -> list[int]:
-        _lock(holder, "dead_at IS NULL", 1, "workers")
-        return []
+        locked = _lock(holder, "dead_at IS NULL", 1, "workers")
+        return [_number(holder, f"SELECT pid FROM {SCHEMA}.workers WHERE id = ANY (%s)", [locked])]
+
+    def concerns(self, world: World, ids: list[int]) -> Made:
+        return {"pids": ids, "place": world.fleet.homes.get(ids[0])}  # the agent renews the leases of all its children
 
     def wanted(self, looker: psycopg.Connection[Any], ids: list[int], before: list[Any]) -> bool:
         return True  # each heartbeat wants it
+
+
+class HeldLimit(Held):
+    """Rows of gates or buckets: what they limit has to wait, and nothing else."""
+
+    name, weight = "held-limit", 1.0
+
+    def lock(self, holder: psycopg.Connection[Any], world: World, dice: random.Random) -> list[int]:
+        table = dice.choice(("gates", "buckets"))
+        rows = holder.execute(
+            f"SELECT FROM {SCHEMA}.{table} ORDER BY random() LIMIT 2 FOR UPDATE SKIP LOCKED"
+        ).fetchall()
+        if not rows:
+            raise Missed(f"no {table}")
+        return []
+
+    def wanted(self, looker: psycopg.Connection[Any], ids: list[int], before: list[Any]) -> bool:
+        return True  # of each key and partition there is always work
+
+
+class HeldDuty(Held):
+    """The rows by which processes agree on who does a duty."""
+
+    name, weight = "held-duty", 0.7
+
+    def lock(self, holder: psycopg.Connection[Any], world: World, dice: random.Random) -> list[int]:
+        holder.execute(f"SELECT FROM {SCHEMA}.duties FOR UPDATE")
+        return []
+
+    def wanted(self, looker: psycopg.Connection[Any], ids: list[int], before: list[Any]) -> bool:
+        return True  # the limits are looked after several times a second

@@ -113,14 +113,15 @@ class ExitStep(Guilty):
 
 
 class ExitHook(Guilty):
-    """What is called around a step raises what ends a process: hooks, receivers, backoffs, log filters and handlers."""
+    """What is called around a step raises what ends a process: hooks, managers, receivers, backoffs, log filters."""
 
     name, weight = "exit-hook", 3.0
 
     def draw(self, key: str, dice: random.Random) -> Spec:
-        place = dice.choice([*(place for place in hostile.PLACES if place not in ("body", "str", "json")), "backoff"])
-        if place == "backoff":
-            return _spec(key, "exit-backoff")
+        place = dice.choice([*(place for place in hostile.PLACES if place not in ("body", "str", "json")),
+                             "backoff", "enter", "leave"])  # fmt: skip
+        if place in ("backoff", "enter", "leave"):
+            return _spec(key, f"exit-{place}")
         return _spec(key, "exit", place=place, kind=dice.choice(list(hostile.RAISES)))
 
 

@@ -17,7 +17,7 @@ from tests.chaos.record import Record, Violation
 
 KILLERS = ("poison", "fork-orphan")
 """Tasks that kill their process."""
-COMMANDS = ("kill-", "stop-", "deploy-", "skew-clock")
+COMMANDS = ("kill-", "stop-", "deploy-", "skew-clock", "held-worker")
 """Faults (beginnings of their names) whose losses are those of the command they were done to."""
 FLEETS = ("crash-postgres", "disk-full", "net-", "silent-", "lock-table")
 """Faults after which any lease may run out."""
@@ -144,6 +144,8 @@ def nobody_stands_still(record: Record, history: Replay) -> Iterator[Violation]:
         for pid, entered in spans.items():
             lived = entered[0].at < begin and any(end < one.at < end + 30 for one in entered)
             busy = any(begin - 10 < one.at < end and one.machine.startswith(("fork", "exit")) for one in entered)
+            if record.homes.get(pid, "") == fault.get("place"):
+                continue  # its lease could not be renewed
             if lived and not busy and not any(begin < one.at < end for one in entered):
                 yield Violation(
                     "I-56",

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -89,6 +91,11 @@ class Unwritable:
 def leave(kind: str) -> NoReturn:
     """Raise the exception of that name."""
     raise RAISES[kind](f"as its spec says: {kind}")
+
+
+def _leave_somehow() -> NoReturn:
+    """Raise one after the other, where no spec can say which."""
+    leave(list(RAISES)[time.monotonic_ns() // 1000 % len(RAISES)])
 
 
 def _at(place: str, given: dict[str, Any]) -> None:
@@ -223,6 +230,7 @@ def define(app: Durable) -> None:
     _define_tasks(app)
     _define_coroutines(app)
     _define_machines(app)
+    _define_around(app)
     step_log = logging.getLogger("durable.step")
     step_log.addFilter(_Filter())
     step_log.addHandler(_Handler())
@@ -395,7 +403,7 @@ def _define_machines(app: Durable) -> None:
         """Can't be built itself, each time by another exception."""
 
         def __init__(self) -> None:
-            leave(list(RAISES)[time.monotonic_ns() // 1000 % len(RAISES)])
+            _leave_somehow()
 
         @step(initial=True)
         def first(self, ctx: Any) -> Any:
@@ -403,10 +411,31 @@ def _define_machines(app: Durable) -> None:
                 return Done(ctx.state["k"])
 
 
-NEVER_ENTERED = ("exit-state", "exit-init")
-"""Machines of which no step is ever run."""
+def _define_around(app: Durable) -> None:
+    @app.around_step
+    @contextmanager
+    def around(ctx: Any) -> Iterator[None]:
+        if ctx.name == "exit-enter":
+            _leave_somehow()
+        yield
+        if ctx.name == "exit-leave":
+            _leave_somehow()
+
+    @app.task(name="exit-enter", bind=True, max_attempts=1)
+    def enters(self: Any, k: str) -> str:
+        with effect(self):
+            return k
+
+    @app.task(name="exit-leave", bind=True, max_attempts=1)
+    def leaves(self: Any, k: str) -> str:
+        with effect(self):
+            return k
+
+
+NEVER_ENTERED = ("exit-state", "exit-init", "exit-enter")
+"""What no step is ever run of."""
 HOSTILE = ("fork", "fork-async", "fork-busy", "fork-orphan", "fork-machine", "exit", "exit-backoff", "exit-async",
-           "exit-machine", *NEVER_ENTERED)  # fmt: skip
+           "exit-machine", "exit-leave", *NEVER_ENTERED)  # fmt: skip
 
 
 def right_end(machine: str, given: dict[str, Any]) -> tuple[str | None, Any, int | None]:
@@ -424,6 +453,6 @@ def right_end(machine: str, given: dict[str, Any]) -> tuple[str | None, Any, int
             return status, given if status == "done" else None, None if status is None else 1
         case "exit-backoff":
             return "failed", None, 3
-        case "exit-machine" | "exit-state" | "exit-init":
+        case "exit-machine" | "exit-state" | "exit-init" | "exit-enter" | "exit-leave":
             return "failed", None, 1
     raise ValueError(f"no right end of {machine}")

@@ -17,7 +17,7 @@ SHARES = {
 
 
 TASKS = ("job", "limited", "poison", "fork", "fork-async", "fork-busy", "fork-orphan", "exit", "exit-backoff",
-         "exit-async", "exit-state")  # fmt: skip
+         "exit-async", "exit-state", "exit-enter", "exit-leave")  # fmt: skip
 """What takes keyword arguments; all else are machines, and take a state."""
 
 

@@ -44,6 +44,8 @@ FAULTS: list[Fault] = [
     foreign.HeldKey(),
     foreign.HeldSchedule(),
     foreign.HeldWorker(),
+    foreign.HeldLimit(),
+    foreign.HeldDuty(),
 ]
 """The order is part of what a seed means: new ones come last."""
 

@@ -74,6 +74,7 @@ def busy(pid: int, *times: float, machine: str = "chain") -> list[Any]:
 EXPLAINED = {
     "its process was killed": fault("kill-child", pids=[99]),
     "its command was stopped": fault("stop-command", pids=[1], place="worker-0"),
+    "its lease was held": fault("held-worker", place="worker-0", released=3.0, waiting=0.0),
     "the network was away": fault("net-half-open"),
     "a connection was silent": fault("silent-one", waited=[("durable chaos agent", 2.0)]),
 }
@@ -155,12 +156,14 @@ def test_a_process_that_a_lock_stops_is_harm() -> None:
         (busy(5, 18.0, 19.0, 26.0), [held(), fault("crash-postgres", 21.0, 22.0)]),
         (busy(5, 18.0, 19.0, 26.0, machine="fork-busy"), [held()]),
         (busy(5, 18.0, 19.0), [held()]),
+        (busy(5, 18.0, 19.0, 26.0), [held("held-worker", place="worker-0")]),
     ],
-    ids=["went on", "no work", "the server was away", "in a long step", "had ended"],
+    ids=["went on", "no work", "the server was away", "in a long step", "had ended", "its own lease"],
 )
 def test_a_process_with_a_reason_to_pause(steps: Any, faults: Any) -> None:
     record = good()
     record.effects += steps
+    record.homes[5] = "worker-0"
     record.faults = faults
     assert "I-56" not in rules_broken(record)
 
