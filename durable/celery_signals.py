@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from durable.containment import is_contained
 from durable.errors import DefinitionError
 from durable.validation import shown
 
@@ -30,11 +31,12 @@ connected_task_hooks: set[str] = set()
 class Hook:
     """One of Celery's signals."""
 
-    def __init__(self, name: str, *, of_steps: bool = False) -> None:
+    def __init__(self, name: str, *, of_steps: bool = False, of_producers: bool = False) -> None:
         self.name = name
         self.receivers: list[tuple[Any, Any, Callable[..., Any]]] = []
         """(dispatch_uid, sender, function)"""
         self._of_steps = of_steps
+        self._of_producers = of_producers
 
     def connect(self, receiver: Any = None, *, sender: Any = None, weak: bool = True, dispatch_uid: Any = None) -> Any:
         """Have a function called; also a decorator, with or without arguments.
@@ -68,11 +70,17 @@ class Hook:
     def send(self, sender: Any, **values: Any) -> None:
         """Call the receivers for this sender, in the order in which they were connected."""
         for _, wanted, receiver in self.receivers:
-            if wanted is None or wanted is sender or _name(wanted) == _name(sender):
-                try:
+            try:
+                if wanted is None or wanted is sender or _name(wanted) == _name(sender):
                     receiver(signal=self, sender=sender, **values)
-                except Exception:
-                    log.exception("a receiver of %s failed: %r", self.name, receiver)
+            except BaseException as error:
+                if not self._contains(error):
+                    raise
+                log.exception("a receiver of %s failed: %s", self.name, shown(receiver))
+
+    def _contains(self, error: BaseException) -> bool:
+        """Whether what a receiver raised goes no further. A producer's process may be ended by its own receivers."""
+        return isinstance(error, Exception) or (not self._of_producers and is_contained(error))
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -85,7 +93,10 @@ class ExceptionInfo:
         self.type = type(error)
         self.exception = error
         self.tb = error.__traceback__
-        self.traceback = "".join(traceback.format_exception(error))
+        try:
+            self.traceback = "".join(traceback.format_exception(error))
+        except Exception as problem:  # an exception's notes and causes are user code
+            self.traceback = f"<traceback can't be formatted: {type(problem).__name__}>"
 
     def __str__(self) -> str:
         return self.traceback
@@ -95,8 +106,8 @@ def _name(sender: Any) -> Any:
     return getattr(sender, "name", sender)
 
 
-before_task_publish = Hook("before_task_publish")
-after_task_publish = Hook("after_task_publish")
+before_task_publish = Hook("before_task_publish", of_producers=True)
+after_task_publish = Hook("after_task_publish", of_producers=True)
 task_prerun = Hook("task_prerun", of_steps=True)
 task_postrun = Hook("task_postrun", of_steps=True)
 task_success = Hook("task_success", of_steps=True)

@@ -49,7 +49,7 @@ class StateType:
         """Return the state object for plain data. Raises ValidationError naming the field that doesn't fit."""
         try:
             return self._load(data)
-        except (msgspec.ValidationError, ValueError, TypeError) as error:
+        except Exception as error:  # constructors, `__post_init__` and validators raise whatever they like
             raise ValidationError(f"state of {self._machine}: {_without_values(error)}") from error
 
     def dump(self, state: Any) -> Any:
@@ -79,7 +79,8 @@ def _without_values(error: Exception) -> str:
     """Return what is wrong with a state. pydantic's own text quotes the values, which must not get into a log."""
     module = sys.modules.get("pydantic")
     if module is None or not isinstance(error, module.ValidationError):
-        return str(error)
+        expected = isinstance(error, msgspec.ValidationError | ValueError | TypeError)
+        return str(error) if expected else f"{type(error).__name__}: {error}"
     found = error.errors(include_input=False, include_url=False, include_context=False)
     return "; ".join(f"{entry['msg']} - at `$.{'.'.join(map(str, entry['loc']))}`" for entry in found)
 

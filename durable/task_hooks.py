@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from durable import celery_signals as hooks
+from durable.containment import is_contained
 from durable.context import Context
 from durable.task import Task
 
@@ -71,5 +72,7 @@ def ended(
 def _call(task: Task[..., Any], name: str, *values: Any) -> None:
     try:
         getattr(task, name)(*values)
-    except Exception:
+    except BaseException as error:
+        if not is_contained(error):
+            raise
         log.exception("%s of %s failed", name, task.name)

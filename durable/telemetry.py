@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from durable.containment import is_contained
 from durable.errors import ValidationError
 from durable.validation import near, shown
 
@@ -123,11 +124,11 @@ def emit(event: str, measurements: Mapping[str, Any], metadata: Mapping[str, Any
     for handler in handlers:
         try:
             handler(event, measurements, metadata)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
+        except BaseException as error:
+            if not is_contained(error):
+                raise
             detach(event, handler)
-            log.exception("a handler of %s failed; it is detached: %r", event, handler)
+            log.exception("a handler of %s failed; it is detached: %s", event, shown(handler))
 
 
 def on_process_start(function: H) -> H:
@@ -175,5 +176,7 @@ def _call(hooks: list[Hook], role: str) -> None:
     for hook in hooks:
         try:
             hook(role)
-        except Exception:
-            log.exception("%r failed in the %s process", hook, role)
+        except BaseException as error:
+            if not is_contained(error):
+                raise
+            log.exception("%s failed in the %s process", shown(hook), role)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from durable.containment import is_contained
 from durable.errors import ValidationError
 from durable.instance import LIVE, STATUSES
 
@@ -31,7 +32,9 @@ def shown(value: Any) -> str:
     """Return `repr(value)` cut to 80 characters, for an error message."""
     try:
         text = repr(value)
-    except Exception:
+    except BaseException as error:
+        if not is_contained(error):
+            raise
         return f"<unprintable {type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 

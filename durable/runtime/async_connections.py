@@ -44,7 +44,12 @@ class AsyncConnections:
         else:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
-            await turn
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it had just been its turn
+                    self.release()
+                raise
         try:
             transaction: StepTransaction = await self.aside(self._connections.begin, claimed, True)
         except BaseException:

@@ -6,6 +6,8 @@ await. The loop itself never waits: hooks, `handle` and the end of a step's tran
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -15,17 +17,18 @@ from typing import Any
 from durable.app import Durable
 from durable.around import around
 from durable.context import Context, Transaction, entered
-from durable.errors import CorruptRowError, ValidationError
+from durable.errors import CorruptRowError
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.outcomes import Next, ScheduleChildren
 from durable.runtime import reporting
 from durable.runtime.async_connections import Aside, AsyncConnections
+from durable.runtime.coroutines import contained, outlast
+from durable.runtime.executor import Executor
 from durable.runtime.failures import failed, log_failure
-from durable.runtime.machine_step import MachineRunner
 from durable.runtime.soft_limit import awithin
 from durable.runtime.step_transaction import StepAgain, StepTransaction
-from durable.runtime.task_step import TaskRunner, arguments
+from durable.runtime.task_step import arguments
 from durable.storage.claims import Commit
 from durable.task import Task
 from durable.task_hooks import begun, ended, observed
@@ -36,16 +39,20 @@ log = logging.getLogger("durable.step")
 class Execution:
     """One execution of a step.
 
-    transaction    what it has begun, or was given before it begins
-    uses           whether it has asked for its connection
-    interruptible  whether it is in user code, so that its task may be cancelled
+    variables    its context variables: of the task that serves it, of hooks, of the step and of `handle`
+    transaction  what it has begun, or was given before it begins
+    uses         whether it has asked for its connection
+    task         runs its user code at the moment, and may be cancelled
     """
 
-    def __init__(self, claimed: Claimed, transaction: StepTransaction | None = None) -> None:
+    def __init__(
+        self, claimed: Claimed, variables: contextvars.Context, transaction: StepTransaction | None = None
+    ) -> None:
         self.claimed = claimed
+        self.variables = variables
         self.transaction = transaction
         self.uses = False
-        self.interruptible = False
+        self.task: asyncio.Task[Any] | None = None
 
 
 class aentered:
@@ -77,12 +84,11 @@ class AsyncExecutor:
     aside  awaits a function that is run in a thread
     """
 
-    def __init__(
-        self, app: Durable, tasks: TaskRunner, machines: MachineRunner, connections: AsyncConnections, aside: Aside
-    ) -> None:
+    def __init__(self, app: Durable, executor: Executor, connections: AsyncConnections, aside: Aside) -> None:
         self._app = app
-        self._tasks = tasks
-        self._machines = machines
+        self._contained = executor.contained
+        self._tasks = executor.tasks
+        self._machines = executor.machines
         self._connections = connections
         self._aside = aside
         self._managers = app.step_managers
@@ -102,9 +108,14 @@ class AsyncExecutor:
     async def _execute(self, execution: Execution) -> Commit:
         claimed = execution.claimed
         definition = self._app.definitions[claimed.machine, claimed.machine_version]
-        if isinstance(definition, MachineDefinition):
-            return await self._machine(execution, definition)
-        return await self._task(execution, definition)
+        try:
+            if isinstance(definition, MachineDefinition):
+                return await self._machine(execution, definition)
+            return await self._task(execution, definition)
+        except StepAgain:
+            raise
+        except BaseException as error:
+            return self._contained(claimed, error)
 
     async def _task(self, execution: Execution, task: Task[..., Any]) -> Commit:
         claimed, app = execution.claimed, self._app
@@ -143,11 +154,8 @@ class AsyncExecutor:
         claimed, app = execution.claimed, self._app
         try:
             step, data, state = self._machines.loaded(claimed, definition)
-        except (CorruptRowError, ValidationError) as error:
-            return failed(claimed, error)
-        try:
             machine = definition.cls()
-        except BaseException as error:  # there is nobody whose `handle` to ask
+        except BaseException as error:  # without a state or an object there is no `handle` to ask
             log_failure(log, claimed, error)
             return failed(claimed, error)
         if app.conf.log_payloads:
@@ -190,11 +198,16 @@ class AsyncExecutor:
     async def _user(
         self, execution: Execution, seconds: float | None, call: Callable[[], Coroutine[Any, Any, Any]]
     ) -> Any:
-        execution.interruptible = True
+        """Run user code in a task of its own, so that nothing of it reaches the task that serves the step."""
+        within = call if seconds is None else lambda: awithin(call(), seconds)
+        execution.task = asyncio.Task(contained(within), loop=asyncio.get_running_loop(), context=execution.variables)
         try:
-            return await (call() if seconds is None else awithin(call(), seconds))
+            value, error = await outlast(execution.task)
         finally:
-            execution.interruptible = False
+            execution.task = None
+        if error is not None:
+            raise error
+        return value
 
     async def _committed(self, context: Context[Any], commit: Commit) -> Commit:
         if context.transaction is None:

@@ -16,6 +16,7 @@ import psycopg
 
 from durable.app import Durable
 from durable.celery_signals import beat_init
+from durable.containment import contain_logging
 from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
 from durable.runtime.link import Link, Stopped
@@ -63,6 +64,7 @@ class Beat:
     def run(self) -> int:
         """Beat until SIGTERM or SIGINT; return the exit code."""
         self.heed_signals()
+        contain_logging()
         log.info("beat %s starts", self._name)
         beat_init.send(self._name)
         try:

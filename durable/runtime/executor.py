@@ -1,12 +1,16 @@
 """One step: find the definition of a claimed row and have it run.
 
-Touches the database only through `ctx.connection`. Nothing that user code does comes out of `execute` as an exception,
-but what ends the process.
+Touches the database only through `ctx.connection`. Nothing that user code raises comes out of `execute`: it ends that
+attempt of that instance, wherever it was raised. Each step runs in a copy of the process's context variables, shared by
+its hooks, the step itself and `handle`, so that no step sees a variable that another one has set.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,10 +19,13 @@ from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.runtime import reporting, soft_limit
 from durable.runtime.coroutines import CoroutineRunner
+from durable.runtime.failures import failed, log_failure, name_of
 from durable.runtime.machine_step import MachineRunner
-from durable.runtime.step_transaction import Begin
+from durable.runtime.step_transaction import Begin, StepAgain
 from durable.runtime.task_step import TaskRunner
 from durable.storage.claims import Commit
+
+log = logging.getLogger("durable.step")
 
 
 def time_limits(app: Durable) -> dict[tuple[str, int], float]:
@@ -65,16 +72,23 @@ class Executor:
         self.time_limits = time_limits(app)
         """Seconds after which a step is killed, of the definitions that have such a limit."""
         undisturbed = begin and partial(limits.beginning, begin)
+        self._variables = copy_context()
         self.tasks = TaskRunner(app, coroutines, undisturbed, limits.within)
         self.machines = MachineRunner(app, coroutines, undisturbed, limits.within)
+
+    def take_variables(self) -> None:
+        """Have steps begin with the context variables as they are here and now."""
+        self._variables = copy_context()
 
     def execute(self, claimed: Claimed) -> Commit:
         """Run the step of a claimed row and return its outcome.
 
         Raises StepAgain when the step did not happen, through no fault of its own, and is to be run again.
         """
-        if not reporting.are_steps_watched():
-            return self._execute(claimed)
+        run = self._watched if reporting.are_steps_watched() else self._execute
+        return self._variables.copy().run(run, claimed)
+
+    def _watched(self, claimed: Claimed) -> Commit:
         watched = reporting.WatchedStep(claimed)
         commit: Commit | None = None
         try:
@@ -85,9 +99,27 @@ class Executor:
 
     def _execute(self, claimed: Claimed) -> Commit:
         definition = self._definitions[claimed.machine, claimed.machine_version]
-        if isinstance(definition, MachineDefinition):
-            return self.machines.run(claimed, definition)
-        return self.tasks.run(claimed, definition)
+        try:
+            if isinstance(definition, MachineDefinition):
+                return self.machines.run(claimed, definition)
+            return self.tasks.run(claimed, definition)
+        except StepAgain:
+            raise
+        except BaseException as error:
+            return self.contained(claimed, error)
+
+    def contained(self, claimed: Claimed, error: BaseException) -> Commit:
+        """The last guard: return the outcome of a step around which something raised that nothing else has caught."""
+        definition = self._definitions[claimed.machine, claimed.machine_version]
+        try:
+            if not isinstance(definition, MachineDefinition):
+                return self.tasks.ended_by(claimed, definition, error)[0]
+            log_failure(log, claimed, error)
+        except StepAgain:
+            raise
+        except BaseException as problem:
+            sys.stderr.write(f"durable: instance {claimed.id} fails, its failure can't be logged: {name_of(problem)}\n")
+        return failed(claimed, error)
 
     def close(self) -> None:
         """End the event loop of `async def` steps."""

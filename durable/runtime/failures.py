@@ -14,6 +14,7 @@ from durable.runtime.reporting import fields
 from durable.serialization import Codec
 from durable.storage.claims import Commit
 
+_class_name = type.__dict__["__name__"].__get__
 MAX_ERROR_TEXT = 16_384
 """Characters of a message or a traceback that are kept."""
 
@@ -36,7 +37,7 @@ def stopped(claimed: Claimed, reason: Any, kind: str, codec: Codec, serializer: 
         payload = codec.encode(reason, "reason", serializer)
     except PayloadError as error:
         return failed(claimed, error)
-    message = "" if reason is None else reason if isinstance(reason, str) else repr(reason)
+    message = "" if reason is None else reason if isinstance(reason, str) else _repr(reason)
     return Commit(claimed, "failed", payload, error=error_text(kind, message, ""), attempt=claimed.attempt)
 
 
@@ -47,7 +48,7 @@ def log_failure(log: logging.Logger, claimed: Claimed, error: BaseException) -> 
         seen.append(error)
     log.warning(
         "step failed",
-        extra={**fields(claimed), "error": f"{type(error).__name__}: {message_of(error)}"[:200]},
+        extra={**fields(claimed), "error": f"{name_of(error)}: {message_of(error)}"[:200]},
     )
 
 
@@ -55,19 +56,33 @@ def error_json(error: BaseException) -> str:
     """Return an exception as the JSON that `instances.error` holds: type, message and traceback, all cut and clean."""
     message = message_of(error)
     try:
-        # The first frame is ours; what the user wrote begins below it. Local variables are never included.
-        trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        # The first frames are ours; the user's begin below them. Local variables are never included.
+        trace = error.__traceback__
+        while trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("durable.runtime."):
+            trace = trace.tb_next
         text = "".join(traceback.format_exception(type(error), error, trace))
-    except Exception as problem:
-        text = f"<traceback can't be formatted: {type(problem).__name__}>"
-    return error_text(type(error).__name__, message, text)
+    except BaseException as problem:  # notes, causes and loaders of source are user code
+        text = f"<traceback can't be formatted: {name_of(problem)}>"
+    return error_text(name_of(error), message, text)
 
 
 def message_of(error: BaseException) -> str:
     try:
-        return str(error)
+        return str.__str__(str(error))  # a subclass of str is user code as well
     except BaseException:  # `__str__` is user code too
-        return f"<unprintable {type(error).__name__}>"
+        return f"<unprintable {name_of(error)}>"
+
+
+def name_of(error: BaseException) -> str:
+    """Return the name of an exception's class, whatever its metaclass says."""
+    return str(_class_name(type(error)))
+
+
+def _repr(value: Any) -> str:
+    try:
+        return str.__str__(repr(value))
+    except BaseException:  # `__repr__` is user code too
+        return f"<unprintable {type(value).__name__}>"
 
 
 def error_text(kind: str, message: str, trace: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
-from durable.runtime.coroutines import CoroutineRunner
+from durable.containment import is_contained
+from durable.runtime.coroutines import CoroutineRunner, adopt, contained, log_exit
 
 
 class LoopRunner(CoroutineRunner):
@@ -18,7 +21,43 @@ class LoopRunner(CoroutineRunner):
 
     def run(self, coroutine: Any) -> Any:
         """Return what the coroutine returns; raises what it raises. Not for the loop's own thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        context = contextvars.copy_context()
+        value, error = self.result(contained(lambda: coroutine), context)
+        adopt(context)
+        if error is not None:
+            raise error
+        return value
+
+    def result(self, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context) -> Any:
+        """Return what a coroutine of ours, which contains what user code raises, returns when run in a context."""
+        result: Future[Any] = Future()
+
+        def begin() -> None:
+            asyncio.Task(coroutine, loop=self.loop, context=context).add_done_callback(end)
+
+        def end(task: asyncio.Task[Any]) -> None:
+            if task.cancelled():
+                result.set_exception(asyncio.CancelledError())
+            elif (error := task.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(task.result())
+
+        self.loop.call_soon_threadsafe(begin)
+        return result.result()
+
+    def serve(self, until_over: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run the loop, in the main thread, until a coroutine of ours has ended, whatever stops the loop before."""
+        task = self.loop.create_task(until_over())
+        task.add_done_callback(lambda _: self.loop.stop())
+        while not task.done():
+            try:
+                self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                if not is_contained(error):
+                    raise
+                log_exit(error)
+        task.result()
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """End the loop, and what user code has left running on it."""

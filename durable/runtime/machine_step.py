@@ -12,7 +12,7 @@ from durable.app import Durable
 from durable.around import around
 from durable.canvas import BUILT_IN
 from durable.context import Begin, Context, entered
-from durable.errors import CorruptRowError, DatabaseUnavailableError, DurableError, OutcomeError, ValidationError
+from durable.errors import CorruptRowError, DatabaseUnavailableError, DurableError, OutcomeError
 from durable.instance import Claimed, NewInstance, Payload
 from durable.machine import MachineDefinition
 from durable.outcomes import (
@@ -57,11 +57,8 @@ class MachineRunner:
         """Run the step of a claimed row and return its outcome."""
         try:
             step, data, state = self.loaded(claimed, definition)
-        except (CorruptRowError, ValidationError) as error:
-            return failed(claimed, error)
-        try:
             machine = definition.cls()
-        except BaseException as error:  # there is nobody whose `handle` to ask
+        except BaseException as error:  # without a state or an object there is no `handle` to ask
             log_failure(log, claimed, error)
             return failed(claimed, error)
         if self._app.conf.log_payloads:
@@ -93,7 +90,10 @@ class MachineRunner:
         return call if context.name in BUILT_IN else around(self._managers, context, is_async, call)
 
     def loaded(self, claimed: Claimed, definition: MachineDefinition) -> tuple[Any, Any, Any]:
-        """Return a row's step, its state as it was stored, and loaded. Raises CorruptRowError, ValidationError."""
+        """Return a row's step, its state as it was stored, and loaded.
+
+        Raises CorruptRowError, ValidationError, and whatever State raises that is no Exception.
+        """
         data = self._codec.decode(claimed.state_type, claimed.state, f"state of instance {claimed.id}")
         state = definition.state_type.load(data)
         step = definition.steps.get(claimed.step)

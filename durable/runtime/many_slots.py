@@ -15,6 +15,7 @@ Locks: `_lock` guards `_running`, `_free` and what becomes of a step (done or gi
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import threading
@@ -22,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -32,6 +34,7 @@ from durable.runtime.async_connections import AsyncConnections
 from durable.runtime.async_step import AsyncExecutor, Execution
 from durable.runtime.backoff import Backoff
 from durable.runtime.buffer import Outbox
+from durable.runtime.coroutines import adopt, outlast
 from durable.runtime.executor import Executor, is_async
 from durable.runtime.interrupts import Interrupter, ThreadLimits
 from durable.runtime.loop import LoopRunner
@@ -83,6 +86,7 @@ class ManySlots:
         self._roster: Roster = seat.roster
         self._owns = owns
         self._stopping = stopping
+        self._variables = contextvars.copy_context()
         self._coroutines = LoopRunner()
         self._loop = self._coroutines.loop
         self.step_connections = connections(self._coroutines)
@@ -93,9 +97,7 @@ class ManySlots:
         # Their own, so that those who wait for a connection never keep those from ending who have one.
         self._connection_threads = ThreadPoolExecutor(2 * most, "durable-connections")
         self._async_connections = AsyncConnections(self.step_connections, most, self._aside_connections)
-        self._async_executor = AsyncExecutor(
-            app, self._executor.tasks, self._executor.machines, self._async_connections, self._aside
-        )
+        self._async_executor = AsyncExecutor(app, self._executor, self._async_connections, self._aside)
         self.time_limits = self._executor.time_limits
         self._lock = threading.Lock()
         self._free = deque(range(buffer.slots))
@@ -151,19 +153,21 @@ class ManySlots:
 
     def run(self) -> None:
         """Run steps until the buffer is closed."""
-        asyncio.set_event_loop(self._loop)
+        self._variables = contextvars.copy_context()
+        self._executor.take_variables()
         body = self._serve if self._kind == THREADS else self._serve_plain
         for number in range(plain_threads(self._kind, self._buffer.slots)):
             # Daemons: one that is stuck in a step does not keep the process.
             thread = threading.Thread(target=self._guarded, args=(body,), name=f"durable-slot-{number}", daemon=True)
             thread.start()
-        self._loop.run_until_complete(self._until_over())
+        self._coroutines.serve(self._until_over)
         self._closed = True
         self.close()
 
     async def _until_over(self) -> None:
         while not self.ended:
-            await self._over.wait()
+            with suppress(asyncio.CancelledError):  # by a step that cancels every task of the loop
+                await self._over.wait()
             self._over.clear()
 
     def _rows_came(self) -> None:
@@ -204,7 +208,8 @@ class ManySlots:
         while (claimed := self._buffer.take()) is not None:
             try:
                 if is_async(self._app, claimed):
-                    self._coroutines.run(self._step_async(claimed))
+                    variables = self._variables.copy()
+                    self._coroutines.result(self._step_async(claimed, variables), variables)
                 else:
                     self._step_plain(claimed, interrupter)
             finally:
@@ -229,18 +234,16 @@ class ManySlots:
         step = self._enter(claimed, interrupter.look, interrupter.give_up)
         commit: Commit | None = None
         backoff = Backoff(first=0.02, most=1.0)
-        try:
-            while commit is None:
-                try:
-                    commit = self._executor.execute(claimed)
-                except StepAgain as reason:
-                    if not self._may_run_again(step, reason):
-                        break
-                    time.sleep(backoff.next())
-                    if not self._has_lease(claimed) or not self._rearm(step):
-                        break
-        finally:
-            self._leave(step, commit)
+        while commit is None:
+            try:
+                commit = self._executor.execute(claimed)
+            except StepAgain as reason:
+                if not self._may_run_again(step, reason):
+                    break
+                time.sleep(backoff.next())
+                if not self._has_lease(claimed) or not self._rearm(step):
+                    break
+        self._leave(step, commit)  # not if anything else was raised: the process ends, and this step is charged
 
     def _has_lease(self, claimed: Claimed) -> bool:
         """Wait for the lease; False when the row is not ours any more."""
@@ -254,74 +257,79 @@ class ManySlots:
         """asyncio: take rows for the slots that are free."""
         while (claimed := self._buffer.take_now()) is not None:
             if is_async(self._app, claimed):
-                task = self._loop.create_task(self._serve_async(claimed))
+                variables = self._variables.copy()
+                task = asyncio.Task(self._serve_async(claimed, variables), loop=self._loop, context=variables)
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             else:
                 self._plain.put(claimed)
 
-    async def _serve_async(self, claimed: Claimed) -> None:
+    async def _serve_async(self, claimed: Claimed, variables: contextvars.Context) -> None:
         try:
-            await self._step_async(claimed)
+            await self._step_async(claimed, variables)
         except BaseException as error:
             self._failed(error)
         finally:
             self._slot_is_free()
             self._pump()
 
-    async def _step_async(self, claimed: Claimed) -> None:
-        prepared = await self._prepared(claimed)
+    async def _step_async(self, claimed: Claimed, variables: contextvars.Context) -> None:
+        prepared = await self._prepared(claimed, variables)
         if prepared is None:
             return
         execution: Execution = prepared
-        task = asyncio.current_task()
-        assert task is not None, "run by the loop"
 
         def cancel() -> None:
-            if execution.interruptible:
-                task.cancel()
+            if execution.task is not None:
+                execution.task.cancel()
 
         step = self._enter(claimed, None, lambda: self.tell_loop(cancel))
         commit: Commit | None = None
         backoff = Backoff(first=0.02, most=1.0)
-        try:
-            while commit is None:
-                try:
-                    commit = await self._async_executor.execute(execution)
-                except StepAgain as reason:
-                    if not self._may_run_again(step, reason):
-                        break
-                    await asyncio.sleep(backoff.next())
-                    again = await self._prepared(claimed)
-                    if again is None or not self._rearm(step):
-                        await self._async_executor.discard(again)
-                        break
-                    execution = again
-        finally:
-            self._leave(step, commit)
+        while commit is None:
+            try:
+                commit = await self._async_executor.execute(execution)
+            except StepAgain as reason:
+                if not self._may_run_again(step, reason):
+                    break
+                await _sleep(backoff.next())
+                again = await self._prepared(claimed, variables)
+                if again is None or not self._rearm(step):
+                    await self._async_executor.discard(again)
+                    break
+                execution = again
+        self._leave(step, commit)  # not if anything else was raised: the process ends, and this step is charged
 
-    async def _prepared(self, claimed: Claimed) -> Execution | None:
+    async def _prepared(self, claimed: Claimed, variables: contextvars.Context) -> Execution | None:
         """Wait for the lease, and for the connection of a step that will ask for one; None: it is not ours any more."""
         backoff = Backoff(first=0.02, most=1.0)
         while time.monotonic() >= self._seat.deadline and self._owns(claimed):
-            await asyncio.sleep(LEASE_LOOK)
+            await _sleep(LEASE_LOOK)
         while self._owns(claimed):
             if not self._async_connections.is_asked_for(claimed):
-                return Execution(claimed)
+                return Execution(claimed, variables)
             try:
-                return Execution(claimed, await self._async_connections.begin(claimed))
-            except StepAgain as reason:
+                return Execution(claimed, variables, await self._async_connections.begin(claimed))
+            except (StepAgain, asyncio.CancelledError) as reason:
                 log.info("the step waits: %s", reason, extra=reporting.fields(claimed))
                 if self._stopping():
                     return None
-                await asyncio.sleep(backoff.next())
+                await _sleep(backoff.next())
         return None
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await self._loop.run_in_executor(self._aside_threads, function, *args)
+        return await self._in_thread(self._aside_threads, function, *args)
 
     async def _aside_connections(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await self._loop.run_in_executor(self._connection_threads, function, *args)
+        return await self._in_thread(self._connection_threads, function, *args)
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in a thread, with the step's context variables."""
+        variables = contextvars.copy_context()  # the step's own may be entered by the loop meanwhile
+        try:
+            return await outlast(self._loop.run_in_executor(threads, variables.run, function, *args))
+        finally:
+            adopt(variables)
 
     # Entering and leaving
 
@@ -398,3 +406,9 @@ class ManySlots:
         self._buffer.leave()
         if self._buffer.closed:
             self.tell_loop(self._over.set)
+
+
+async def _sleep(seconds: float) -> None:
+    """Sleep, less long if a step cancels every task of the loop."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(seconds)

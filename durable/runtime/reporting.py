@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from durable import telemetry, tracing
+from durable.containment import is_contained
 from durable.instance import Claimed
 from durable.limits import name_of
 from durable.storage.claims import Commit
@@ -60,7 +61,9 @@ class WatchedStep:
         if self._span is not None:
             try:
                 self._span.end(kind, _error_of(commit))
-            except Exception:
+            except BaseException as error:
+                if not is_contained(error):
+                    raise
                 tracing.failed()
         if commit is not None:
             telemetry.emit("step.stop", {"duration": duration}, _about(commit))
@@ -85,7 +88,9 @@ def _begin_span(claimed: Claimed) -> tracing.StepSpan | None:
     ]
     try:
         return tracer.step(f"{claimed.machine} {claimed.step}", attributes, claimed.trace, causes)
-    except Exception:
+    except BaseException as error:
+        if not is_contained(error):
+            raise
         tracing.failed()
         return None
 

@@ -60,6 +60,7 @@ class Slot:
 
     def run(self) -> None:
         """Run steps until the buffer is closed."""
+        self._executor.take_variables()
         take, step, seat, outbox = self._buffer.take, self.step, self._seat, self._outbox
         clock, enter = time.monotonic, self._enter
         while (claimed := take()) is not None:

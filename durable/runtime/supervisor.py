@@ -28,11 +28,14 @@ from collections.abc import Callable, Mapping
 from durable import django_support, telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_init, worker_ready, worker_shutdown
+from durable.containment import contain_logging
+from durable.outcomes import SoftTimeLimitExceeded
 from durable.runtime.agent import Agent
 from durable.runtime.beat import Beat
 from durable.runtime.child import RETIRE, run_child
 from durable.runtime.executor import time_limits
 from durable.runtime.inherited import open_connections
+from durable.runtime.interrupts import HardTimeLimitExceeded
 from durable.runtime.places import Place, Places
 from durable.runtime.process import describe_exit, fork
 from durable.runtime.quarantine import Quarantine
@@ -93,6 +96,7 @@ class Supervisor:
             log.warning(
                 "importing the app started threads; forking with threads is unsafe, start them in tasks instead"
             )
+        contain_logging(SoftTimeLimitExceeded, HardTimeLimitExceeded)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, self._heard)
         worker_init.send(self._name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from durable.app import Durable
 from durable.around import around
+from durable.containment import is_contained
 from durable.context import Begin, Context, entered
 from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadError
 from durable.instance import Claimed
@@ -138,7 +139,9 @@ class TaskRunner:
         if delay is None:
             try:
                 delay = task.options.retry.delay(claimed.attempt)
-            except Exception:
+            except BaseException as problem:
+                if not is_contained(problem):
+                    raise
                 log.exception("the backoff of %s failed; the default one is used", task.name)
                 delay = default_backoff(claimed.attempt)
         status = "scheduled" if delay > 0 else "runnable"

@@ -10,6 +10,7 @@ from typing import Any
 
 from durable import validation
 from durable.app import Durable
+from durable.containment import is_contained
 from durable.context import current
 from durable.errors import DatabaseUnavailableError, DrainError, DurableError, UnknownTaskError
 from durable.instance import Claimed
@@ -20,9 +21,6 @@ from durable.storage.session import run, run_atomically
 from durable.testing import journal
 from durable.testing.seams import connected
 from durable.testing.worker import LocalWorker, hired
-
-_STEP_ERRORS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
-"""What a step may end with as in production; Ctrl-C or a test's own failure inside of one ends the drain instead."""
 
 
 def drain(
@@ -65,12 +63,14 @@ def _anywhere(app: Durable, *options: Any) -> dict[str, int]:
 
 def _drain(app: Durable, queue: str | None, with_scheduled: bool, max_steps: int, raise_errors: bool) -> dict[str, int]:
     tally: Counter[str] = Counter(steps=0)
+    errors: list[BaseException] = []
+    token = raised.set(errors)
     try:
         with connected(app, "drain") as connection, hired(app, connection) as worker:
             while True:
                 found = run(connection, app.sql, testing.next_claimable(queue, worker.unknown))
                 if found is not None:
-                    _run(worker, worker.claim(*found), tally, max_steps, raise_errors)
+                    _run(worker, worker.claim(*found), errors, tally, max_steps, raise_errors)
                     continue
                 if with_scheduled and run(connection, app.sql, testing.awaits_tokens()):
                     run_atomically(connection, app.sql, testing.refill())
@@ -81,6 +81,8 @@ def _drain(app: Durable, queue: str | None, with_scheduled: bool, max_steps: int
                 run_atomically(connection, app.sql, testing.promote(scheduled[0]))
     except Stopped as error:
         raise DatabaseUnavailableError("an outcome could not be committed; the log says why") from error
+    finally:
+        raised.reset(token)
     if worker.unknown:
         raise UnknownTaskError(
             f"{app!r} has no task {', '.join(worker.unknown)} (name:version); its instances were left as they are. "
@@ -89,7 +91,14 @@ def _drain(app: Durable, queue: str | None, with_scheduled: bool, max_steps: int
     return dict(tally)
 
 
-def _run(worker: LocalWorker, claimed: Claimed | None, tally: Counter[str], max_steps: int, raise_errors: bool) -> None:
+def _run(
+    worker: LocalWorker,
+    claimed: Claimed | None,
+    errors: list[BaseException],
+    tally: Counter[str],
+    max_steps: int,
+    raise_errors: bool,
+) -> None:
     """Run a row's step, and its next ones as long as they are inline."""
     while claimed is not None:
         if tally["steps"] >= max_steps:
@@ -98,14 +107,10 @@ def _run(worker: LocalWorker, claimed: Claimed | None, tally: Counter[str], max_
                 f"step {claimed.step!r} comes next, attempt {claimed.attempt}; so far {dict(tally)}",
                 dict(tally),
             )
-        errors: list[BaseException] = []
-        token = raised.set(errors)
-        try:
-            commit = worker.execute(claimed)
-        finally:
-            raised.reset(token)
+        errors.clear()
+        commit = worker.execute(claimed)
         for error in errors:
-            if not isinstance(error, _STEP_ERRORS):
+            if not is_contained(error):
                 raise error
         tally["steps"] += 1
         outcome, claimed = worker.commit(commit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -393,7 +394,7 @@ def test_the_fence_of_the_claim_goes_with_the_outcome(bench: Bench) -> None:
     assert Commit(claim(), "scheduled").keeps_row
 
 
-def test_what_a_step_leaves_running_on_its_loop_is_cancelled_when_the_slot_ends(bench: Bench) -> None:
+def test_a_kept_task_is_cancelled_when_the_slot_ends(bench: Bench) -> None:
     ended: list[str] = []
 
     async def forever() -> None:
@@ -403,7 +404,7 @@ def test_what_a_step_leaves_running_on_its_loop_is_cancelled_when_the_slot_ends(
             ended.append("cancelled")
 
     async def step() -> None:
-        tasks.append(asyncio.get_running_loop().create_task(forever()))
+        tasks.append(asyncio.get_running_loop().create_task(forever(), context=contextvars.Context()))
         await asyncio.sleep(0)
 
     tasks: list[asyncio.Task[None]] = []
