@@ -9,6 +9,7 @@ of the working tree.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +22,15 @@ from benchmarks import steps as machines
 from benchmarks.database import Database, wait_for_count
 from benchmarks.enqueue import CHUNK
 from benchmarks.figures import OURS, percentile
+from benchmarks.processes import cpu_seconds, family
 from benchmarks.stamps import stamps
 from benchmarks.wire import Wire, wire
-from benchmarks.workers import ROOT, cluster, producer, worker
+from benchmarks.work import server_cpu
+from benchmarks.workers import ROOT, producer, worker
 from durable import Durable
 
+CLIENTS = 16
+CPU = "CPU per job"
 MACHINES = {"plain": "plain_chain", "inline": "inline_chain"}
 COUNTED = (2_000, 12_000)
 """Jobs of the two runs whose difference counts statements: what a start costs drops out."""
@@ -99,7 +104,7 @@ def steps(run: Run) -> dict[str, float]:
 
 
 def enqueue(run: Run) -> dict[str, float]:
-    """Return tasks per second by `delay()` one by one and by `insert_many`, each for `seconds`."""
+    """Return tasks per second by `delay()` one by one, by `insert_many`, and by `delay()` of many processes."""
     found: dict[str, float] = {}
     with producer(run.database) as (app, known):
         for name, act, size in (
@@ -113,28 +118,65 @@ def enqueue(run: Run) -> dict[str, float]:
                 act()
                 done += size
             found[name] = done / passed
-    return found
+    run.database.fill(0)
+    return found | {f"delay() of {CLIENTS} processes": _by_clients(run)}
+
+
+def _by_clients(run: Run) -> float:
+    """Return tasks per second of processes that enqueue at once: their commits and notifications meet in the server."""
+    context = multiprocessing.get_context("fork")
+    together, rates = context.Barrier(CLIENTS), context.SimpleQueue()
+
+    def client() -> None:
+        with producer(run.database) as (_, known):
+            known["noop"].delay()
+            together.wait(timeout=60)
+            done, began = 0, time.monotonic()
+            while (passed := time.monotonic() - began) < run.seconds:
+                known["noop"].delay()
+                done += 1
+            rates.put(done / passed)
+
+    processes = [context.Process(target=client) for _ in range(CLIENTS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"clients ended with {[process.exitcode for process in processes]}")
+    return float(sum(rates.get() for _ in processes))
 
 
 def latency(run: Run) -> dict[str, float]:
-    """Return milliseconds from `delay()` to the step's start, p50, p95 and p99, at each rate for `seconds`."""
+    """Return milliseconds from `delay()` to the step's start (p50, p95, p99) and of CPU per job, at each rate."""
     found: dict[str, float] = {}
     for rate in run.rates:
-        waits = _waits(run.database, run.processes, rate, run.seconds)
+        waits, cpu = _waits(run.database, run.processes, rate, run.seconds)
         found |= {f"p{percent} at {rate:g}/s": percentile(waits, percent) for percent in (50, 95, 99)}
+        found[f"{CPU} at {rate:g}/s"] = cpu
     return found
 
 
-def _waits(database: Database, processes: int, rate: float, seconds: float) -> list[float]:
-    """Return the waits in ms of jobs that come at a steady rate to a worker that is warm."""
+def _waits(database: Database, processes: int, rate: float, seconds: float) -> tuple[list[float], float]:
+    """Return the waits in ms of jobs that come at a steady rate to a warm worker, and the CPU of each in ms.
+
+    The CPU is that of the worker command and of the server.
+    """
     database.fill(0)
-    with stamps() as place, cluster(database, processes, environment=place.environment) as (_, known):
+    with (
+        stamps() as place,
+        worker(database, processes, "-B", environment=place.environment) as command,
+        producer(database) as (_, known),
+    ):
         stamped = known["stamp"]
         for phase in (min(1.0, seconds), seconds):  # the first warms sessions and plans of every process
             count = max(2, round(rate * phase))
+            family_before = family(command.pid)
+            before = cpu_seconds(family_before) + server_cpu(database)
             _at_rate(rate, count, lambda: stamped.delay(time.monotonic_ns()))
             waits = place.take(count)
-    return waits
+            spent = cpu_seconds(family_before) + server_cpu(database) - before
+    return waits, 1000 * spent / count
 
 
 def _at_rate(rate: float, count: int, act: Callable[[], object]) -> None:

@@ -36,6 +36,7 @@ class Pairs:
         unit: Its unit.
         goal: What the ratio is to reach.
         lower_is_better: Whether the ratio is old/new (latencies) instead of new/old.
+        judged: False for what is only shown.
         tail: Whether it scatters so much (p95, p99) that it fails only when the whole interval lies below the goal.
     """
 
@@ -46,6 +47,7 @@ class Pairs:
     goal: float
     lower_is_better: bool = False
     tail: bool = False
+    judged: bool = True
 
     @property
     def ratios(self) -> list[float]:
@@ -67,6 +69,8 @@ class Pairs:
     def holds(self) -> bool:
         """Whether the goal is reached."""
         lower, upper = self.ends
+        if not self.judged:
+            return True
         if self.tail:
             return upper >= self.goal
         return self.median >= self.goal and lower >= self.goal - SLACK

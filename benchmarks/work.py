@@ -24,17 +24,17 @@ def counted(database: Database, count: int) -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     workers = children.ru_utime + children.ru_stime
-    pages, server = _pages(database), _server_cpu(database)
+    pages, server = _pages(database), server_cpu(database)
     yield spent
     time.sleep(1.0)  # the last sessions end, and tell of their pages
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent["pages of the server per row"] = (_pages(database) - pages) / count
-    spent["us CPU of the server per row"] = (_server_cpu(database) - server) * 1e6 / count
+    spent["us CPU of the server per row"] = (server_cpu(database) - server) * 1e6 / count
     spent["us CPU of the workers per row"] = (children.ru_utime + children.ru_stime - workers) * 1e6 / count
 
 
-def _server_cpu(database: Database) -> float:
-    """CPU seconds of every process that the server has had so far."""
+def server_cpu(database: Database) -> float:
+    """Return the CPU seconds of every process that the server has had so far."""
     with psycopg.connect(database.dsn) as connection:
         postmaster = _stat(connection.info.backend_pid)[1]
     ticks = sum(_stat(postmaster)[11:15])

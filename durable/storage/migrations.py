@@ -4,6 +4,10 @@
 lock; each leaves its number and checksum in `migrations`. A released file never changes. A file's head says
 `-- breaking: yes` when older workers can't run on what it makes.
 
+A new table, sequence or function is named in `grants`, with what each kind of role may do with it
+(`tests/security/test_privileges.py`). A new column of `instances` is added to `history` in the same place, and carried
+by every statement that moves or ends a row (`tests/storage/test_columns.py`).
+
 Whoever waits for a table's lock makes all that comes after wait too. So an attempt gives up soon, and is made again.
 """
 

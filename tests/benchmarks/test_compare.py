@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -54,6 +55,7 @@ def test_no_ratios_give_no_interval() -> None:
         (pairs(*[0.9] * 5, *[1.0] * 7, tail=True), True),
         (pairs(*[0.9] * 12, tail=True), False),
         (pairs(*[0.9] * 12, goal=0.9), True),
+        (replace(pairs(*[0.9] * 12), judged=False), True),
     ],
 )
 def test_goal_needs_median_and_lower_end(one: Pairs, holds: bool) -> None:
@@ -119,6 +121,7 @@ def test_reached_goal_ends_with_zero(database: str) -> None:
                   "--goal", "0.01")  # fmt: skip
     assert ran.exit_code == 0, ran.output
     assert "enqueue: delay()" in ran.output
+    assert "enqueue: delay() of 16 processes" in ran.output
 
 
 def test_unknown_revision_is_refused_at_once() -> None:
