@@ -134,7 +134,8 @@ RETURNING id;
 -- name: advance
 -- Commit outcomes that keep their row: every outcome but the end, and the ends of rows that keep a correlation key.
 -- Fenced as finish. A requested cancel makes any of them `cancelled`; the ends are archived afterwards.
--- A retry keeps what was awaited, a park replaces it, progress clears it. An inline hop stays claimed.
+-- A retry keeps what was awaited, a park replaces it, progress clears it. An inline hop stays claimed. An end keeps
+-- attempt and crashes, as finish does.
 -- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, kinds (retry next await children end),
 --         statuses (the new ones), steps, state_types, states (null: kept), attempts, delays and timeouts in seconds,
 --         awaits (JSON arrays), shown (JSON: [ids to add, ids to remove], or []), result_types, results, errors.
@@ -142,7 +143,8 @@ RETURNING id;
 UPDATE {schema}.instances AS i
 SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{schema}.status,
     worker_id = CASE WHEN o.status = 'executing' AND NOT i.cancel_requested THEN i.worker_id END,
-    version = i.version + 1, attempt = o.attempt, crashes = 0,
+    version = i.version + 1, attempt = CASE WHEN i.cancel_requested OR o.kind = 'end' THEN i.attempt ELSE o.attempt END,
+    crashes = CASE WHEN i.cancel_requested OR o.kind = 'end' THEN i.crashes ELSE 0 END,
     step = coalesce(o.step, i.step),
     state_type = coalesce(o.state_type, i.state_type), state = coalesce(o.state, i.state),
     eligible_at = CASE WHEN o.delay IS NULL THEN i.eligible_at

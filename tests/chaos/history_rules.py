@@ -139,8 +139,8 @@ class Replay:
                 self.wrong("I-16", f"{edge}, attempt {old['attempt']} {new['attempt']}")
             if new["status"] == "executing" and new["worker_id"] != old["worker_id"]:
                 self.wrong("I-11", f"{edge} of another worker")
-            if int(new["crashes"]) != 0:
-                self.wrong("I-16", f"{edge} and kept its crashes")
+            if int(new["crashes"]) != (int(old["crashes"]) if new["status"] in TERMINAL else 0):
+                self.wrong("I-16", f"{edge}, crashes {old['crashes']} {new['crashes']}")
         elif claimed or committed:
             self.wrong("I-8", edge)
         else:
