@@ -65,9 +65,10 @@ def held(kind: str = "held-instances", **what: Any) -> dict[str, Any]:
     return fault(kind, 20.0, 25.5, **{"released": 25.0, "waiting": 0.9, **what})
 
 
-def busy(pid: int, *times: float, machine: str = "chain") -> list[Any]:
-    """Steps of another instance that a process began then."""
-    return [one for n, at in enumerate(times)
+def busy(pid: int, *times: float, machine: str = "chain", before: int = 20) -> list[Any]:
+    """Steps of another instance that a process began then, and some before."""
+    early = [17.0 + n / 100 for n in range(before)]
+    return [one for n, at in enumerate([*early, *times])
             for one in effects_of(1, 0, 1, at, pid=pid, machine=machine, mark=f"w{n}")]  # fmt: skip
 
 
@@ -156,9 +157,10 @@ def test_a_process_that_a_lock_stops_is_harm() -> None:
         (busy(5, 18.0, 19.0, 26.0), [held(), fault("crash-postgres", 21.0, 22.0)]),
         (busy(5, 18.0, 19.0, 26.0, machine="fork-busy"), [held()]),
         (busy(5, 18.0, 19.0), [held()]),
+        (busy(5, 18.0, 19.0, 26.0, before=0), [held()]),
         (busy(5, 18.0, 19.0, 26.0), [held("held-worker", place="worker-0")]),
     ],
-    ids=["went on", "no work", "the server was away", "in a long step", "had ended", "its own lease"],
+    ids=["went on", "no work", "the server was away", "in a long step", "had ended", "ran alone", "its own lease"],
 )
 def test_a_process_with_a_reason_to_pause(steps: Any, faults: Any) -> None:
     record = good()
