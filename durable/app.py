@@ -36,7 +36,7 @@ from durable.signatures import Signature
 from durable.sql import Statements
 from durable.storage import instances, migrations
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, Row, arun, run, run_atomically
+from durable.storage.session import Operation, Row, arun, run, run_repeatedly
 from durable.task import Task
 from durable.wakeups import Wakeups
 from durable.writer import Writer
@@ -239,7 +239,7 @@ class Durable(Registry, QueueControl):
         """Create or upgrade the schema and return the names of the migrations applied."""
         with self._pool.connection() as connection:
             applied = migrations.migrate(connection, self.schema)
-            run_atomically(connection, self.sql, self.limit_rows.declare())
+            run_repeatedly(connection, self.sql, lambda: self.limit_rows.declare())
         return [migration.name for migration in applied]
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import psycopg
@@ -57,25 +59,31 @@ class Control:
 
     def resume(self, queue: str) -> bool:
         """Return whether it was paused."""
-        return self._writer.write(self._ordering(control.resume(validation.queue(queue))))
+        return self._writer.write(self._resuming(queue))
 
     async def aresume(self, queue: str) -> bool:
         """`resume` for coroutines."""
-        return await self._writer.awrite(self._ordering(control.resume(validation.queue(queue))))
+        return await self._writer.awrite(self._resuming(queue))
 
     def _pausing(self, queue: str, reason: str | None) -> Write[bool]:
         text = None if reason is None else validation.text(reason, "reason", 16_384)
-        return self._ordering(control.pause(validation.queue(queue), text))
+        name = validation.queue(queue)
+        return self._ordering(lambda: control.pause(name, text))
 
-    def _ordering(self, operation: Operation[bool]) -> Write[bool]:
+    def _resuming(self, queue: str) -> Write[bool]:
+        name = validation.queue(queue)
+        return self._ordering(lambda: control.resume(name))
+
+    def _ordering(self, operation: Callable[[], Operation[bool]]) -> Write[bool]:
         return Write(operation, lambda _: self._wakeups.orders(), lambda _: (), atomic=False)
 
     def _cancelling(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> Write[Cancelled]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
+        operation: Callable[[], Operation[Cancelled]]
         if isinstance(target, str):
-            operation = _cancel_key(validation.text(target, "correlation_key"), text, cascade, terminate)
+            operation = partial(_cancel_key, validation.text(target, "correlation_key"), text, cascade, terminate)
         else:
-            operation = instances.cancel(validation.instance_id(target), text, cascade, terminate)
+            operation = partial(instances.cancel, validation.instance_id(target), text, cascade, terminate)
 
         def wakeups(done: Cancelled) -> list[Operation[Any]]:
             killing = self._wakeups.terminations() if terminate and done.running else []
@@ -84,7 +92,7 @@ class Control:
         return Write(operation, wakeups, lambda _: ())
 
     def _retrying(self, instance_id: int) -> Write[dict[str, int] | None]:
-        operation = instances.retry_failed(validation.instance_id(instance_id))
+        operation = partial(instances.retry_failed, validation.instance_id(instance_id))
         return Write(operation, lambda ready: self._wakeups.became_ready(ready or {}), lambda _: (), atomic=False)
 
 
@@ -96,13 +104,13 @@ def _cancel_key(key: str, reason: str, cascade: bool, terminate: bool) -> Operat
 
 
 def _asking_rival(instance_id: int) -> Write[tuple[str, int | None]]:
-    return Write(instances.rival(instance_id), lambda _: (), lambda _: (), atomic=False)
+    return Write(lambda: instances.rival(instance_id), lambda _: (), lambda _: (), atomic=False)
 
 
 def delivering(batch: list[NewSignal], wakeups: Wakeups) -> Write[signals.Delivery]:
     """Return the write of signals to instances."""
     return Write(
-        signals.deliver(batch),
+        lambda: signals.deliver(batch),
         lambda done: wakeups.became_ready(done.ready),
         lambda done: wakeups.any_queue() if done.ready else (),
         atomic=signals.may_repeat(batch),

@@ -55,7 +55,7 @@ class Inserter:
 
     def _one(self, new: NewInstance) -> Write[int]:
         return Write(
-            self._limits.before((new,), instances.insert(new)),
+            lambda: self._limits.before((new,), instances.insert(new)),
             lambda _: self._wakeups.after_insert((new,)),
             lambda _: self._wakeups.in_transaction((new,)),
             atomic=False,
@@ -63,7 +63,7 @@ class Inserter:
 
     def _many(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
         return Write(
-            self._limits.before(batch, instances.insert_many(batch)),
+            lambda: self._limits.before(batch, instances.insert_many(batch)),
             lambda _: self._wakeups.after_insert(batch),
             lambda _: self._wakeups.in_transaction(batch),
         )

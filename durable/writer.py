@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import psycopg
 from durable.callers import aaccept, accept
 from durable.sql import Statements
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, arun, run, translated
+from durable.storage.session import ATTEMPTS, UNDONE, Operation, arun, pause_before_repeat, run, translated
 
 T = TypeVar("T")
 _IDLE = psycopg.pq.TransactionStatus.IDLE
@@ -34,13 +35,13 @@ _NOT_NOTIFIED = "workers could not be notified after a commit; they will find th
 class Write(Generic[T]):
     """One write.
 
-    operation  what is written
+    operation  makes what is written; called again when a deadlock has undone the write
     wakeups    from what the operation returned: the notifications to send after a commit
     inside     likewise: those that a caller's transaction carries
     atomic     whether it is more than one statement
     """
 
-    operation: Operation[T]
+    operation: Callable[[], Operation[T]]
     wakeups: Callable[[T], Sequence[Operation[Any]]]
     inside: Callable[[T], Sequence[Operation[Any]]]
     atomic: bool = True
@@ -61,8 +62,15 @@ class Writer:
         if connection is None:
             with self._pool.connection() as own:
                 inside = own.info.transaction_status != _IDLE  # a borrowed one: an error must not end its transaction
-                with own.transaction() if write.atomic or inside else nullcontext():
-                    value = run(own, self._sql, write.operation)
+                for left in reversed(range(ATTEMPTS)):
+                    try:
+                        with own.transaction() if write.atomic or inside else nullcontext():
+                            value = run(own, self._sql, write.operation())
+                        break
+                    except UNDONE:
+                        if inside or not left:
+                            raise
+                    time.sleep(pause_before_repeat(ATTEMPTS - left))
                 try:
                     for wakeup in write.wakeups(value):
                         run(own, self._sql, wakeup)
@@ -75,7 +83,7 @@ class Writer:
             caller = accept(connection)
             theirs = caller.connection
             with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
-                value = run(theirs, self._sql, write.operation, foreign=True)
+                value = run(theirs, self._sql, write.operation(), foreign=True)
             wakeups: Sequence[Operation[Any]] = ()
             if theirs.info.transaction_status == _IDLE:
                 wakeups = write.wakeups(value)  # it has committed already
@@ -95,8 +103,15 @@ class Writer:
             if self._pool.borrowed is not None:
                 return self.write(write)
             async with self._pool.aconnection() as own:
-                async with own.transaction() if write.atomic else nullcontext():
-                    value = await arun(own, self._sql, write.operation)
+                for left in reversed(range(ATTEMPTS)):
+                    try:
+                        async with own.transaction() if write.atomic else nullcontext():
+                            value = await arun(own, self._sql, write.operation())
+                        break
+                    except UNDONE:
+                        if not left:
+                            raise
+                    await asyncio.sleep(pause_before_repeat(ATTEMPTS - left))
                 try:
                     for wakeup in write.wakeups(value):
                         await arun(own, self._sql, wakeup)
@@ -107,7 +122,7 @@ class Writer:
             caller = await aaccept(connection)
             theirs = caller.connection
             async with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
-                value = await arun(theirs, self._sql, write.operation, foreign=True)
+                value = await arun(theirs, self._sql, write.operation(), foreign=True)
             wakeups: Sequence[Operation[Any]] = ()
             if theirs.info.transaction_status == _IDLE:
                 wakeups = write.wakeups(value)  # it has committed already

@@ -9,7 +9,7 @@ import click
 
 from durable import Durable
 from durable.storage import instances
-from durable.storage.session import Connection, run, run_atomically
+from durable.storage.session import Connection, run, run_repeatedly
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import (
     print_json,
@@ -76,7 +76,7 @@ def _cancel_one(
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    done = run_atomically(connection, app.sql, instances.cancel(report["id"], reason, cascade, terminate))
+    done = run_repeatedly(connection, app.sql, lambda: instances.cancel(report["id"], reason, cascade, terminate))
     killing = app.wakeups.terminations() if terminate and done.running else []
     for wakeup in (*app.wakeups.became_ready(done.woken), *killing):
         run(connection, app.sql, wakeup)

@@ -8,7 +8,7 @@ import click
 
 from durable import Durable
 from durable.storage import grants, migrations
-from durable.storage.session import Connection, run_atomically
+from durable.storage.session import Connection, run_repeatedly
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import print_json, print_table, say
 from durable_cli.session import Session, connected, database_options
@@ -59,7 +59,7 @@ def migrate(
         if status:
             ctx.exit(_print_status(session, app, connection))
         applied = [f"{migration.id:04}_{migration.name}" for migration in migrations.migrate(connection, app.schema)]
-        run_atomically(connection, app.sql, app.limit_rows.declare())
+        run_repeatedly(connection, app.sql, lambda: app.limit_rows.declare())
         if revoked:
             grants.revoke(connection, app.schema, revoked)
         if granted:

@@ -15,7 +15,7 @@ from durable.errors import CorruptRowError, NotFoundError, ResultTimeout, TaskFa
 from durable.instance import STATUSES, TERMINAL, StoredSignal
 from durable.storage import inspection, instances, signals
 from durable.storage.inspection import Detail, Listed
-from durable.storage.session import Connection, run, run_atomically
+from durable.storage.session import Connection, run, run_repeatedly
 from durable_cli.exits import FAILED, USAGE, CommandError
 from durable_cli.output import (
     error_line,
@@ -348,7 +348,7 @@ def purge(session: Session, queue: str | None, yes: bool) -> None:
             if sys.stdin is None or not sys.stdin.isatty():
                 raise CommandError(f"this would delete {what} ({where}); say --yes to do it", USAGE)
             click.confirm(f"Delete {what} ({where})?", abort=True, err=True)
-        purged = run_atomically(connection, app.sql, inspection.purge(queue))
+        purged = run_repeatedly(connection, app.sql, lambda: inspection.purge(queue))
     if session.as_json:
         print_json({"purged": purged, "queue": queue, "schema": app.schema, "database": database})
     else:

@@ -13,7 +13,7 @@ from durable.errors import ConfigError, NotFoundError
 from durable.limits import limit_name
 from durable.storage import limits as storage
 from durable.storage.limits import CONCURRENCY, RATE, Limit, LimitUse
-from durable.storage.session import run, run_atomically
+from durable.storage.session import run, run_repeatedly
 from durable.validation import near
 from durable_cli.exits import USAGE, CommandError
 from durable_cli.output import print_json, print_table, say
@@ -110,7 +110,7 @@ def set_(
     kind = storage.kind_of(limit)
     app = session.database()
     with connected(app) as connection:
-        ready = run_atomically(connection, app.sql, storage.put({(kind, name): limit}, pin=True))
+        ready = run_repeatedly(connection, app.sql, lambda: storage.put({(kind, name): limit}, pin=True))
         for wakeup in app.wakeups.promoted(ready):
             run(connection, app.sql, wakeup)
     _tell(session, kind, name, "set; apps leave it alone until `durable limits reset`")
@@ -140,10 +140,10 @@ def reset(session: Session, name: str, kind: str | None) -> None:
         ready: Mapping[str, int] = {}
         run(connection, app.sql, storage.unpin(kind, name))
         if (kind, name) in configured:
-            ready = run_atomically(connection, app.sql, storage.put({(kind, name): configured[kind, name]}))
+            ready = run_repeatedly(connection, app.sql, lambda: storage.put({(kind, name): configured[kind, name]}))
             outcome = "as the app has it"
         elif _has_tasks(app):
-            _, ready = run_atomically(connection, app.sql, storage.drop(kind, name))
+            _, ready = run_repeatedly(connection, app.sql, lambda: storage.drop(kind, name))
             outcome = "deleted: the app has none of that name"
         else:
             outcome = "kept until an app that has one starts"

@@ -11,7 +11,7 @@ import click
 from durable import Durable
 from durable.storage import doctor as looks
 from durable.storage.doctor import Damage
-from durable.storage.session import Connection, run, run_atomically
+from durable.storage.session import Connection, run, run_repeatedly
 from durable_cli.exits import USAGE, CommandError
 from durable_cli.surroundings import ERROR, WARNING, Finding
 
@@ -57,7 +57,7 @@ def repair(app: Durable, connection: Connection, *, yes: bool) -> list[dict[str,
         if sys.stdin is None or not sys.stdin.isatty():
             raise CommandError(f"this would {what} ({where}); say --yes to do it", USAGE)
         click.confirm(f"{what[0].upper()}{what[1:]} ({where})?", abort=True, err=True)
-    done = run_atomically(connection, app.sql, looks.repair(found))
+    done = run_repeatedly(connection, app.sql, lambda: looks.repair(found))
     for wakeup in app.wakeups.became_ready(done.ready):
         run(connection, app.sql, wakeup)
     reports = [

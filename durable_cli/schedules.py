@@ -11,7 +11,7 @@ import click
 
 from durable.storage import schedules as stored
 from durable.storage.schedules import Listed
-from durable.storage.session import run, run_atomically
+from durable.storage.session import run, run_repeatedly
 from durable_cli.exits import FAILED, CommandError
 from durable_cli.output import print_json, print_table, say
 from durable_cli.session import Session, ask, connected, database_options
@@ -64,7 +64,7 @@ def run_(session: Session, name: str) -> None:
     """Insert a schedule's instance now; its next occurrence stays as it is."""
     app = session.database()
     with connected(app) as connection:
-        ran = run_atomically(connection, app.sql, stored.run_by_hand(name))
+        ran = run_repeatedly(connection, app.sql, lambda: stored.run_by_hand(name))
         if ran is None:
             raise _unknown(name)
         instance_id, new = ran
@@ -81,7 +81,7 @@ def run_(session: Session, name: str) -> None:
 def _switch(session: Session, name: str, enabled: bool) -> None:
     app = session.database()
     with connected(app) as connection:
-        changed = run_atomically(connection, app.sql, stored.switch(name, enabled))
+        changed = run_repeatedly(connection, app.sql, lambda: stored.switch(name, enabled))
         if changed is None:
             raise _unknown(name)
         for wakeup in app.wakeups.due_sooner():

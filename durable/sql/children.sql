@@ -12,6 +12,26 @@ SELECT id FROM {schema}.instances
 WHERE id = ANY (ARRAY(SELECT parent_id FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])))
 ORDER BY id FOR NO KEY UPDATE;
 
+-- name: lock_free
+-- Lock those of these rows, and of the parents they report to, that no other session holds; wait for none. What a batch
+-- does when its own statement had to wait: the rows that come back are left out, for a later turn.
+-- Params: ids bigint[]. Rows: id, parent_id: of rows that another session holds (parent_id null) or whose parent it holds.
+-- Locks: instances FOR UPDATE SKIP LOCKED, in id order: what an end does to a row needs as much.
+WITH family AS MATERIALIZED (
+    SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END AS parent_id FROM {schema}.instances
+    WHERE id = ANY (%(ids)s::bigint[])
+), locked AS MATERIALIZED (
+    SELECT id FROM {schema}.instances
+    WHERE id = ANY (ARRAY(SELECT id FROM family UNION SELECT parent_id FROM family)) ORDER BY id FOR UPDATE SKIP LOCKED
+), ours AS MATERIALIZED (
+    SELECT array_agg(id) AS ids FROM locked
+), held AS MATERIALIZED (
+    SELECT f.id, f.parent_id, f.id = ANY ((SELECT ids FROM ours)::bigint[]) IS NOT TRUE AS itself FROM family AS f
+)
+SELECT h.id, CASE WHEN NOT h.itself THEN h.parent_id END FROM held AS h
+WHERE h.itself OR (h.parent_id = ANY ((SELECT ids FROM ours)::bigint[])) IS NOT TRUE
+                  AND EXISTS (SELECT FROM {schema}.instances AS p WHERE p.id = ANY (ARRAY[h.parent_id]));
+
 -- name: raise_barrier
 -- Set how many children a parent waits for, in the transaction that inserted them; none: it goes on at once.
 -- Params: ids bigint[], counts int[]. Rows: id, queue, status.

@@ -202,8 +202,10 @@ FROM mine WHERE g.key = mine.key AND g.shard = mine.shard;
 
 -- name: open_lanes
 -- Make a candidate of the best row of each lane; its claim looks for more. A row that somebody else holds is passed
--- over for the next; where all are held, they are waited for, since each may stay parked.
--- Params: lanes text[], in order. Rows: queue, count. Locks: instances FOR NO KEY UPDATE, in order of the lanes.
+-- over for the next; where all are held, they are waited for, since each may stay parked. Without `wait` such a lane is
+-- left to the repair of limits.
+-- Params: lanes text[], in order; wait bool. Rows: queue, count.
+-- Locks: instances FOR NO KEY UPDATE, in order of the lanes; SKIP LOCKED without `wait`.
 WITH head AS MATERIALIZED (
     SELECT h.id FROM unnest(%(lanes)s::text[]) AS l (lane)
     CROSS JOIN LATERAL (
@@ -214,7 +216,7 @@ WITH head AS MATERIALIZED (
         UNION ALL
         SELECT held.id FROM (
             SELECT i.id FROM {schema}.instances AS i
-            WHERE i.status = 'runnable' AND i.lane = l.lane COLLATE "C"
+            WHERE i.status = 'runnable' AND i.lane = l.lane COLLATE "C" AND %(wait)s::bool
             ORDER BY i.priority, i.eligible_at, i.id LIMIT 1 FOR NO KEY UPDATE) AS held
         LIMIT 1
     ) AS h

@@ -34,10 +34,13 @@ class _Bound:
         patience: Seconds that one wait may take.
         deadline: `time.monotonic()` by which every wait must end. It may be changed while a wait is under way, from
             another thread or from a signal handler.
+        lock_timeout: Seconds that statements wait for a lock, to be set in each transaction because no session keeps it
+            (behind a pooler); 0 when nothing is to be set.
     """
 
     patience: float = math.inf
     deadline: float = math.inf
+    lock_timeout: float = 0.0
     pgconn: Any
 
     def _expire(self, began: float) -> NoReturn:

@@ -347,5 +347,5 @@ def purge(queue: str | None) -> Operation[int]:
     rows = yield "purge", {"ids": Int8Array([row[0] for row in locked])}
     yield from instances.lower_barriers(Counter(row[1] for row in rows if row[1] is not None))
     yield from instances.clear_inboxes([row[0] for row in rows if row[2]])
-    yield from lanes.open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))
+    yield from lanes.open_lanes((lane for row in rows for lane in lanes_of(row[3], row[4])), wait=False)
     return len(rows)

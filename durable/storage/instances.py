@@ -100,7 +100,7 @@ def insert_many(batch: Sequence[NewInstance]) -> Operation[list[int | None]]:
         for n, instance_id in zip(chunk, made, strict=True):
             ids[n] = instance_id
     # A candidate whose correlation key was occupied is not there to see to its lane.
-    yield from open_lanes(lane for lane, n in leaders.items() if ids[n] is None)
+    yield from open_lanes((lane for lane, n in leaders.items() if ids[n] is None), wait=False)
     return ids
 
 
@@ -262,7 +262,9 @@ def end(ids: Sequence[int], *, waiting: bool = False) -> Operation[dict[str, int
     if not ids:
         return {}
     rows = yield "ended_families", {"ids": Int8Array(sorted(ids))}
-    opened = (yield from open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))) if waiting else {}
+    # Without waiting: two cancels of the last two rows of a lane would wait for each other.
+    lanes = {lane for row in rows for lane in lanes_of(row[3], row[4])} if waiting else ()
+    opened = yield from open_lanes(lanes, wait=False)
     counts = Counter(row[1] for row in rows if row[1] is not None)
     woken = yield from lower_barriers(counts)
     yield from clear_inboxes([row[0] for row in rows if row[2]])
@@ -279,6 +281,15 @@ def clear_inboxes(ids: Sequence[int]) -> Operation[None]:
 def lock_parents(ids: Sequence[int]) -> Operation[None]:
     """Before rows are locked that may end: lock whom they report to, in the order of a flush and of a cascade."""
     yield "lock_parents", {"ids": Int8Array(sorted(ids))}
+
+
+def lock_free(ids: Sequence[int]) -> Operation[dict[int, int | None]]:
+    """Lock the rows, and the parents they report to, that no other session holds. Needs a transaction; never waits.
+
+    Returns the ids of the others: with the parent that another session holds, or None where it holds the row itself.
+    """
+    rows = yield "lock_free", {"ids": Int8Array(sorted(ids))}
+    return dict(rows)
 
 
 def lower_barriers(ended: Mapping[int, int]) -> Operation[dict[str, int]]:

@@ -20,12 +20,20 @@ PAGE = 1000
 """Lanes that one turn of the repair looks at."""
 
 
-def free(freed: Iterable[Freed]) -> Operation[dict[str, int]]:
-    """Give slots back and open the lanes of their keys, in this order; return how many rows came out, per queue."""
+def free(freed: Iterable[Freed], *, wait: bool = True) -> Operation[dict[str, int]]:
+    """Give slots back and open the lanes of their keys, in this order; return how many rows came out, per queue.
+
+    wait  False: neither a slot nor a parked row that another session holds is waited for; `repair` recounts the slots
+          and opens the lanes later
+    """
     pairs = Counter((key, shard) for key, shard in freed if key is not None)
     if not pairs:
         return {}
     drawn = sorted((key, shard) for key, shard in pairs if shard is not None)
+    if drawn and not wait:
+        locked = yield from lock_gates(sorted({key for key, _ in drawn}))
+        ours = {(row[0], row[1]) for row in locked}
+        drawn = [pair for pair in drawn if pair in ours]
     if drawn:
         yield (
             "credit_slots",
@@ -35,15 +43,18 @@ def free(freed: Iterable[Freed]) -> Operation[dict[str, int]]:
                 "counts": Int4Array([pairs[pair] for pair in drawn]),
             },
         )
-    return (yield from open_lanes({key_lane(key) for key, _ in pairs}))
+    return (yield from open_lanes({key_lane(key) for key, _ in pairs}, wait=wait))
 
 
-def open_lanes(lanes: Iterable[str]) -> Operation[dict[str, int]]:
-    """Make a candidate of the best row of each lane; return how many, per queue."""
+def open_lanes(lanes: Iterable[str], *, wait: bool = True) -> Operation[dict[str, int]]:
+    """Make a candidate of the best row of each lane; return how many, per queue.
+
+    wait  False: a lane whose rows are all held by other sessions is left to `repair`
+    """
     ordered = sorted(set(lanes), key=str.encode)
     if not ordered:
         return {}
-    rows = yield "open_lanes", {"lanes": TextArray(ordered)}
+    rows = yield "open_lanes", {"lanes": TextArray(ordered), "wait": wait}
     return {row[0]: row[1] for row in rows}
 
 
@@ -54,9 +65,12 @@ def open_due_lanes(limit: int = 100) -> Operation[dict[str, int]]:
 
 
 def open_lanes_of(kind: str, name: str) -> Operation[dict[str, int]]:
-    """Open every lane of a limit that has changed; return how many rows came out, per queue."""
+    """Open every lane of a limit that has changed; return how many rows came out, per queue.
+
+    A lane whose rows are all held by other sessions is left to `repair`.
+    """
     rows = yield "lanes_of_limit", {"kind": kind, "name": name}
-    return (yield from open_lanes(row[0] for row in rows))
+    return (yield from open_lanes((row[0] for row in rows), wait=False))
 
 
 def lock_gates(keys: Sequence[str]) -> Operation[list[Row]]:
@@ -99,7 +113,7 @@ def repair(after: str = "") -> Operation[tuple[dict[str, int], str]]:
         page, stopped = yield from parked(after)
         unattended = yield "unattended_lanes", {"lanes": TextArray(page)}
         lanes |= {row[0] for row in unattended}
-    return (yield from open_lanes(lanes)), stopped
+    return (yield from open_lanes(lanes, wait=False)), stopped
 
 
 def sweep(limit: int = PAGE) -> Operation[tuple[int, int]]:

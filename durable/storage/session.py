@@ -8,8 +8,9 @@ An operation is a generator that yields `(statement name, parameters)` and is se
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +23,11 @@ from durable.errors import DatabaseUnavailableError, DurableError, SchemaError
 from durable.sql import Statements
 from durable.storage import arrays
 from durable.storage.bounded import BoundedConnection, open_bounded
+
+UNDONE = (pg_errors.DeadlockDetected, pg_errors.SerializationFailure)
+"""Errors that say that a transaction was rolled back in favour of another one: it may be repeated as it was."""
+ATTEMPTS = 10
+"""How often an operation on a connection of ours is tried that meets such an error."""
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -117,7 +123,29 @@ def run(connection: Connection, sql: Statements, operation: Operation[T], *, for
 def run_atomically(connection: Connection, sql: Statements, operation: Operation[T]) -> T:
     """Drive an operation inside one transaction of its own."""
     with connection.transaction():
+        if seconds := local_lock_timeout(connection):
+            connection.execute(f"SET LOCAL lock_timeout = {round(1000 * seconds)}")
         return run(connection, sql, operation)
+
+
+def local_lock_timeout(connection: Connection) -> float:
+    """Return the lock_timeout that each transaction of a connection has to set for itself, in seconds; 0 for none."""
+    return connection.lock_timeout if isinstance(connection, BoundedConnection) else 0.0
+
+
+def run_repeatedly(connection: Connection, sql: Statements, operation_of: Callable[[], Operation[T]]) -> T:
+    """`run_atomically` for the operation that `operation_of` makes; repeated when a deadlock has undone it."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return run_atomically(connection, sql, operation_of())
+        except UNDONE:
+            time.sleep(pause_before_repeat(attempt))
+    return run_atomically(connection, sql, operation_of())
+
+
+def pause_before_repeat(attempt: int) -> float:
+    """Return seconds to wait after a failed attempt, from 1: at random, so that two do not meet again."""
+    return random.uniform(0.0, 0.01 * 2 ** min(attempt, 6))  # noqa: S311 - spread, not secrecy
 
 
 async def arun(connection: AsyncConnection, sql: Statements, operation: Operation[T], *, foreign: bool = False) -> T:
@@ -164,7 +192,8 @@ def connect(
         application_name: The session's name in `pg_stat_activity`.
         pinned: Whether the session runs the hot statements; see PINNED_PLANS.
         pooler: Whether a transaction pooler is on the way. Then the session gets no settings and no prepared
-            statements, because the next transaction may run in another session.
+            statements, because the next transaction may run in another session; `run_atomically` sets lock_timeout in
+            each transaction.
         timeout: Seconds to wait for each host of the DSN.
         patience: Seconds that each wait for the server may take, connecting included.
         lock_timeout: Seconds that a statement waits for a lock; 0 for as long as the statement may take.
@@ -196,6 +225,7 @@ def set_up(
     if pooler:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.read_only = False
+        connection.lock_timeout = lock_timeout
         return
     text = session_settings(connection.info.server_version, connection.patience, pinned, lock_timeout)
     for attempt in range(_PIN_ATTEMPTS):
@@ -306,6 +336,8 @@ def unavailable(error: psycopg.Error) -> DatabaseUnavailableError:
 
 def translate(error: psycopg.Error, schema: str) -> DurableError | None:
     """Return our error for a Postgres error that has one of ours, else None."""
+    if isinstance(error, UNDONE):
+        return None  # an answer of the server, which a caller's own transaction must get to see
     if isinstance(error, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName | pg_errors.UndefinedColumn):
         return SchemaError(
             f"schema {schema!r} of this database is missing or older than this code ({describe(error)}); "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from durable import validation
 from durable.app import Durable
 from durable.storage import testing
@@ -16,7 +18,7 @@ def fire_timeouts(app: Durable, target: Target | None = None) -> int:
     Returns how many were woken; 0 for one that is not parked, or has no timeout.
     Raises NotFoundError.
     """
-    return seams.write(app, testing.fire_timeouts(None if target is None else find(app, target)))
+    return seams.write(app, partial(testing.fire_timeouts, None if target is None else find(app, target)))
 
 
 def travel(app: Durable, seconds: float) -> int:
@@ -25,4 +27,4 @@ def travel(app: Durable, seconds: float) -> int:
     That is: delays and retries, timeouts of parks, and `expires`. Returns how many became runnable.
     Raises ValidationError for a negative time.
     """
-    return seams.write(app, testing.travel(validation.seconds(seconds, "seconds")))
+    return seams.write(app, partial(testing.travel, validation.seconds(seconds, "seconds")))

@@ -27,7 +27,7 @@ def pool_of(app: Durable) -> ProducerPool:
     return app._pool
 
 
-def write(app: Durable, operation: Operation[T]) -> T:
+def write(app: Durable, operation: Callable[[], Operation[T]]) -> T:
     """Run a write in a transaction, as the app runs its own; it notifies nobody."""
     return app._writer.write(Write(operation, lambda _: (), lambda _: ()))
 

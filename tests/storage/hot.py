@@ -121,7 +121,7 @@ LIMITED: list[tuple[str, dict[str, Any], set[str]]] = [
         },
         {"instances_pkey"},
     ),
-    ("open_lanes", {"lanes": KEYS}, {"instances_lane", "instances_pkey"}),
+    ("open_lanes", {"lanes": KEYS, "wait": True}, {"instances_lane", "instances_pkey"}),
     ("open_due_lanes", {"limit": 100}, {"instances_lane", "instances_pkey"}),
     ("any_parked", {}, {"instances_lane"}),
     ("parked_lanes", {"after": "", "limit": 1000}, {"instances_lane"}),
