@@ -11,7 +11,7 @@ import click
 from durable import Durable
 from durable.errors import SchemaError
 from durable.storage import doctor as looks
-from durable.storage import inspection, limits, migrations
+from durable.storage import inspection, limits, maintenance, migrations
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
 from durable.storage.session import Connection, run, translated
@@ -29,12 +29,13 @@ NOTIFICATIONS = 0.5
 
 
 class Limits(NamedTuple):
-    """What counts as too much: seconds, transactions, rows, seconds."""
+    """What counts as too much: seconds, transactions, rows, seconds, seconds."""
 
     age: float
     xids: int
     dead: int
     wait: float
+    lock: float
 
 
 @click.command()
@@ -54,12 +55,23 @@ class Limits(NamedTuple):
     "--max-wait", type=SECONDS, metavar="SECONDS", default="30", show_default=True,
     help="How long work may wait in a queue that no worker serves.",
 )  # fmt: skip
+@click.option(
+    "--max-lock", type=SECONDS, metavar="SECONDS", default="5", show_default=True,
+    help="How long a session may hold locks in the schema's tables.",
+)  # fmt: skip
 @click.option("--fix", is_flag=True, help="First mend rows that contradict each other, and say which.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before --fix.")
 @database_options
 @click.pass_context
 def doctor(
-    ctx: click.Context, max_age: float, max_xids: int, max_dead: int, max_wait: float, fix: bool, yes: bool
+    ctx: click.Context,
+    max_age: float,
+    max_xids: int,
+    max_dead: int,
+    max_wait: float,
+    max_lock: float,
+    fix: bool,
+    yes: bool,
 ) -> None:
     """Say what is wrong and who causes it; exit with 1 if anything is, else with 0.
 
@@ -79,7 +91,7 @@ def doctor(
         if fix:
             migrations.check(connection, app.schema)
             repaired = repairing.repair(app, connection, yes=yes)
-        found = [*examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait)), *poolers]
+        found = [*examine(app, connection, Limits(max_age, max_xids, max_dead, max_wait, max_lock)), *poolers]
         blind = not run(connection, app.sql, looks.sees_others())
     found.sort(key=lambda finding: finding.severity)
     if blind:
@@ -106,6 +118,7 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     queues = run(connection, app.sql, inspection.queues())
     processes = run(connection, app.sql, inspection.processes())
     yield from _vacuum(app, connection, most)
+    yield from _locks(app, connection, most)
     yield from _leases(app, connection)
     yield from repairing.findings(repairing.damage(app, connection))
     yield from _waiting(app, connection, queues, most)
@@ -190,6 +203,25 @@ _HOLDERS: dict[str, Callable[[Holder], tuple[str, str]]] = {
     "slot": _slot,
     "prepared": _prepared,
 }
+
+
+def _locks(app: Durable, connection: Connection, most: Limits) -> Iterator[Finding]:
+    rows: dict[int, list[int]] = {}
+    for row in run(connection, app.sql, maintenance.row_holders(None)):
+        rows.setdefault(row.pid, []).append(row.id)
+    for holder in run(connection, app.sql, looks.lock_holders(app.schema)):
+        if holder.age is not None and holder.age < most.lock:
+            continue
+        ids = rows.get(holder.pid, [])
+        which = f"; of instances {', '.join(map(str, ids[:5]))}{' and others' if len(ids) > 5 else ''}" if ids else ""
+        since = "for a time that this role may not see" if holder.age is None else f"for {seconds(holder.age)}"
+        yield Finding(
+            WARNING,
+            "locks held",
+            f"session {holder.pid} (application {holder.application!r}, role {holder.user}, {holder.state}) has held "
+            f"locks {since} in {', '.join(holder.tables)}{which}: outcomes, signals and cancels that need them wait",
+            f"commit or end it: SELECT pg_terminate_backend({holder.pid}); keep transactions that use durable short",
+        )
 
 
 def _leases(app: Durable, connection: Connection) -> Iterator[Finding]:

@@ -124,3 +124,31 @@ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.xact_st
               JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
               WHERE l.pid = a.pid AND l.granted AND n.nspname = %(schema)s)
 ORDER BY a.xact_start LIMIT 3;
+
+-- name: row_holders
+-- Which other sessions hold rows of live instances locked. A row's xmax is the transaction that has changed or locked it,
+-- and each running transaction holds a lock on its own id. Rows that several sessions share are not found.
+-- Params: ids bigint[]|null (every live row). Rows: maintenance.RowHolder, the oldest transaction first.
+SELECT i.id, a.pid, a.application_name, a.usename::text, a.state,
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+FROM {schema}.instances AS i
+JOIN pg_catalog.pg_locks AS l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = i.xmax
+JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
+WHERE (%(ids)s::bigint[] IS NULL OR i.id = ANY (%(ids)s::bigint[])) AND a.pid <> pg_backend_pid()
+ORDER BY a.xact_start, a.pid, i.id;
+
+-- name: lock_holders
+-- The other sessions whose transactions hold row or table locks in our tables, the oldest first. A role that may not see
+-- others' sessions gets null for state and seconds. Params: schema text. Rows: doctor.LockHolder.
+SELECT a.pid, a.application_name, a.usename::text, a.state,
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8, array_agg(DISTINCT c.relname::text ORDER BY c.relname::text)
+FROM pg_catalog.pg_locks AS l
+JOIN pg_catalog.pg_class AS c ON c.oid = l.relation
+JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
+WHERE l.granted AND l.locktype = 'relation' AND n.nspname = %(schema)s AND c.relkind IN ('r', 'p')
+  AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock')
+  AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+  AND a.pid <> pg_backend_pid() AND coalesce(a.backend_type, 'client backend') = 'client backend'
+GROUP BY a.pid, a.application_name, a.usename, a.state, a.xact_start
+ORDER BY a.xact_start, a.pid;

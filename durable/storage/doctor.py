@@ -40,6 +40,17 @@ class Holder(NamedTuple):
     xids: int | None
 
 
+class LockHolder(NamedTuple):
+    """A session whose transaction holds locks in our tables; `age` is seconds since it began, None if unknown."""
+
+    pid: int
+    application: str | None
+    user: str | None
+    state: str | None
+    age: float | None
+    tables: Sequence[str]
+
+
 class DeadRows(NamedTuple):
     """A table's rows as Postgres counts them; `vacuumed` is seconds since a vacuum, None for never."""
 
@@ -163,6 +174,12 @@ def holders() -> Operation[list[Holder]]:
     """Return everything that holds the vacuum horizon of this database, the oldest first."""
     rows = yield "horizon_holders", {}
     return [Holder(*row) for row in rows]
+
+
+def lock_holders(schema: str) -> Operation[list[LockHolder]]:
+    """Return the other sessions whose transactions hold row or table locks in our tables, the oldest first."""
+    rows = yield "lock_holders", {"schema": schema}
+    return [LockHolder(*row) for row in rows]
 
 
 def dead_rows(schema: str) -> Operation[list[DeadRows]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from durable.storage.arrays import Int8Array, TextArray
 from durable.storage.session import Operation, Row
@@ -108,6 +109,26 @@ def now() -> Operation[datetime]:
     """Return the database's clock."""
     rows = yield "now", {}
     return rows[0][0]  # type: ignore[no-any-return]
+
+
+class RowHolder(NamedTuple):
+    """A session that holds an instance's row locked; `age` is seconds since its transaction began, None if unknown."""
+
+    id: int
+    pid: int
+    application: str | None
+    user: str | None
+    state: str | None
+    age: float | None
+
+
+def row_holders(ids: Sequence[int] | None) -> Operation[list[RowHolder]]:
+    """Return which other sessions hold the rows of these live instances (None: of all) locked, one row each.
+
+    Only where a single transaction holds a row. Not for hot paths.
+    """
+    rows = yield "row_holders", {"ids": None if ids is None else list(ids)}
+    return [RowHolder(*row) for row in rows]
 
 
 def table_holders(schema: str) -> Operation[list[Row]]:

@@ -116,6 +116,21 @@ def test_a_session_that_holds_back_vacuum_is_named_with_its_pid_application_and_
     assert doctor("--max-age", "0.001") == []
 
 
+def test_session_that_holds_locks_is_named(doctor: Doctor, app: Durable, rows: Rows, database: str) -> None:
+    lease(rows, "worker", 600.0, "default", "task:1")
+    ids = rows.insert(2)
+    with psycopg.connect(database, application_name="shop") as other:
+        app.signal(ids[1], "note", connection=other)
+        assert doctor() == []
+        finding = the_one(doctor("--max-lock", "0.001"), "locks held")
+        who = f"session {other.info.backend_pid} (application 'shop', role "
+        assert finding["cause"].startswith(who)
+        assert "idle in transaction) has held locks for " in finding["cause"]
+        assert f" in instances, signals; of instances {ids[1]}: outcomes, signals and cancels" in finding["cause"]
+        assert f"pg_terminate_backend({other.info.backend_pid})" in finding["remedy"]
+    assert doctor("--max-lock", "0.001") == []
+
+
 def test_dead_rows_are_counted_beside_who_holds_them(doctor: Doctor, rows: Rows, database: str) -> None:
     with psycopg.connect(database, application_name="reports") as other:
         other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
