@@ -20,7 +20,7 @@ from psycopg import errors as pg_errors
 
 from durable.instance import Claimed
 from durable.runtime import reporting
-from durable.runtime.link import Link
+from durable.runtime.link import LOCKED, Link
 from durable.storage import admission
 from durable.storage.admission import Admitted, Demand
 from durable.wakeups import Wakeups
@@ -95,6 +95,9 @@ class LimitedPicker:
             admitted = self._link.run_atomically(admission.claim_limited(demand))
         except pg_errors.UniqueViolation:
             log.info("another claim took the same concurrency key; claiming again")
+            admitted = Admitted(again=True)
+        except LOCKED:
+            log.info("another session holds a row or a key that the claim needs; claiming again")
             admitted = Admitted(again=True)
         reporting.picked(self._queue, worker, limit, len(admitted.rows))
         reporting.admitted(self._queue, admitted)

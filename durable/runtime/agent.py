@@ -23,7 +23,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,12 @@ import psycopg
 from durable.app import Durable
 from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
-from durable.runtime.link import Link, Stopped
+from durable.runtime.link import LOCKED, Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.orders import Orders
 from durable.runtime.periodic import StandIn
 from durable.runtime.quarantine import Quarantine
-from durable.runtime.reaper import reap
+from durable.runtime.reaper import reap, take_back
 from durable.runtime.ringing import Ringer
 from durable.runtime.shared import RESCAN, SUSPECT, Bell, SharedSeats, poll_timeout
 from durable.runtime.termination import terminate
@@ -102,6 +102,7 @@ class Agent:
         )
         self._listener = Listener(listening_dsn(app), queue_channel(app.schema), f"{title} listen", conf.lease_patience)
         self._stand_in = StandIn(app, self._link)
+        self._limits = limits.Declared(self._link, app)
         self._known = [f"{task}:{version}" for task, version in app.definitions]
         self._orders = Orders(self._link, self._queues, seats, bells, autoscale, room)
         self._quarantine = quarantine or Quarantine(seats, bells, {})
@@ -139,7 +140,7 @@ class Agent:
                 self._connected()
                 partitions.ensure(self._link.connection, self._app.sql)
                 self._stand_in.declare()
-                limits.declare(self._link, self._app)
+                self._limits.store()
                 self._release_predecessors()
                 return
             except psycopg.Error as error:
@@ -200,6 +201,7 @@ class Agent:
         if now >= self._gc_look_at:
             self._collect_if_nobody_does()
         self._stand_in.turn()
+        self._limits.store_again()
         self._wait()
 
     def _wait(self) -> None:
@@ -242,12 +244,12 @@ class Agent:
         total = workers.Reclaimed()
         left: list[Death] = []
         for death in self._deaths:
-            self._link.run(workers.bury([death.worker]))
-            total.add(
-                self._link.run_atomically(
-                    workers.reclaim(death.worker, death.entered, self._app.conf.max_crashes, death.cause)
-                )
-            )
+            try:
+                self._link.run(workers.bury([death.worker]))
+                total.add(take_back(self._link, death.worker, death.entered, self._app.conf.max_crashes, death.cause))
+            except LOCKED:
+                left.append(death)  # its lease, or what its rows need, is held by another session
+                continue
             if self._link.run(claims.held(death.worker)):
                 left.append(death)
         self._deaths = left
@@ -279,11 +281,12 @@ class Agent:
             if not identity.exists(pid, started)
         ]
         for death in gone:
-            self._link.run(workers.bury([death.worker]))
-            # What it had entered is not known any more: all its rows count a crash, as when the reaper finds them.
-            taken = self._link.run_atomically(
-                workers.reclaim(death.worker, None, self._app.conf.max_crashes, death.cause)
-            )
+            try:
+                self._link.run(workers.bury([death.worker]))
+                # What it had entered is not known any more: all its rows count a crash, as when the reaper finds them.
+                taken = take_back(self._link, death.worker, None, self._app.conf.max_crashes, death.cause)
+            except LOCKED:
+                continue  # another session holds its lease: the next reaper's turn finds it again
             if taken.ids:
                 log.warning("%s; %d rows are handed back", death.cause, len(taken.ids))
             reporting.reclaimed(taken.taken)
@@ -332,16 +335,34 @@ class Agent:
             return
         sent = time.monotonic()
         entered = {worker: self._seats.seat(index).running(sent) for worker, index in seated.items()}
-        alive = self._link.run(workers.heartbeat(list(seated), ttl, entered))
+        alive, locked = self._extend(list(seated), ttl, entered)
         for worker, index in seated.items():
             seat = self._seats.seat(index)
             if seat.worker_id != worker:
                 continue  # another child sits there by now
             if worker in alive:
                 seat.deadline = sent + ttl
-            else:
+            elif worker not in locked:
                 seat.lost = worker
                 self._bells[index].ring()
+
+    def _extend(
+        self, leases: list[int], ttl: float, entered: Mapping[int, Sequence[tuple[int, int, float]]]
+    ) -> tuple[set[int], set[int]]:
+        """Extend leases; return those that are alive, and those whose row another session holds."""
+        try:
+            return self._link.run(workers.heartbeat(leases, ttl, entered)), set()
+        except LOCKED:
+            alive: set[int] = set()
+            locked: set[int] = set()
+            for worker in leases:
+                try:
+                    alive |= self._link.run(workers.heartbeat([worker], ttl, entered))
+                except LOCKED:
+                    locked.add(worker)
+            if locked:
+                log.warning("the leases of workers %s could not be extended: other sessions hold them", sorted(locked))
+            return alive, locked
 
     def _probe(self) -> None:
         idle = {queue: len(self._idle(queue)) for queue in dict.fromkeys(self._queues)}

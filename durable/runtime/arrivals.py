@@ -17,6 +17,7 @@ class Arrivals:
 
     held     id -> token of what the process holds; rows that don't stay are taken out
     release  gives rows back, with a reason
+    left     told when rows stay claimed that this process does not hold, since other sessions have locked them
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Arrivals:
         name: str,
         held: dict[int, int],
         release: Callable[[Sequence[Claimed], str], None],
+        left: Callable[[], None],
     ) -> None:
         self._app = app
         self._link = link
@@ -34,6 +36,7 @@ class Arrivals:
         self._name = name
         self._held = held
         self._release = release
+        self._left = left
 
     def with_inboxes(self, rows: list[Claimed]) -> list[Claimed]:
         """Load the inboxes of those that may have one, in one statement."""
@@ -54,7 +57,10 @@ class Arrivals:
         if expired:
             for row in expired:
                 self._held.pop(row.id, None)
-            woken = self._link.run_atomically(claims.expire(worker, [(row.id, row.token) for row in expired]))
+            pairs = [(row.id, row.token) for row in expired]
+            woken, whole = self._link.run_around_locks(lambda wait: claims.expire(worker, pairs, wait=wait))
+            if not whole:
+                self._left()
             for operation in self._app.wakeups.became_ready(woken):
                 self._link.run(operation)
         for row in unknown:

@@ -19,7 +19,7 @@ from durable.celery_signals import beat_init
 from durable.containment import contain_logging
 from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
-from durable.runtime.link import Link, Stopped
+from durable.runtime.link import LOCKED, Link, Stopped
 from durable.runtime.listener import Listener, listening_dsn
 from durable.runtime.periodic import Firing
 from durable.runtime.reaper import reap
@@ -57,6 +57,7 @@ class Beat:
         )
         self._listener = Listener(listening_dsn(app), due_channel(app.schema), f"{title} listen", conf.lease_patience)
         self._firing = Firing(app, self._link)
+        self._limits = limits.Declared(self._link, app)
         self._worker = 0
         now = time.monotonic()
         self._heartbeat_at = self._reap_at = self._gc_at = self._promote_at = self._look_again_at = now
@@ -106,6 +107,7 @@ class Beat:
             self._heartbeat_at = now + conf.heartbeat_interval
         if self._listener.tend():
             self._promote_at = now
+        self._limits.store_again()
         ping = self._listener.ping()
         if ping is not None:
             self._link.run(ping)
@@ -123,10 +125,15 @@ class Beat:
 
     def _heartbeat(self) -> None:
         ttl = self._app.conf.lease_ttl
-        if not self._worker or self._worker not in self._link.run(workers.heartbeat([self._worker], ttl)):
+        try:
+            alive = self._worker and self._worker in self._link.run(workers.heartbeat([self._worker], ttl))
+        except LOCKED:
+            log.warning("the beat's lease (worker %d) could not be extended: another session holds it", self._worker)
+            return
+        if not alive:
             partitions.ensure(self._link.connection, self._app.sql)
             self._firing.declare()
-            limits.declare(self._link, self._app)
+            self._limits.store()
             self._worker = self._link.run(workers.register(identity.own("beat", self._name), ttl))
 
     def _promote(self) -> None:
@@ -137,11 +144,12 @@ class Beat:
                     reporting.timed_out(woken)
                 for operation in self._app.wakeups.promoted(woken):
                     self._link.run(operation)
+        self._firing.declare_again()
         self._firing.fire()
         wait = self._link.run(maintenance.next_due(self._firing.left))
         wait = LOOK_AT_LEAST_EVERY if wait is None else min(max(wait, 0.001), LOOK_AT_LEAST_EVERY)
         now = time.monotonic()
-        self._promote_at = now + wait
+        self._promote_at = min(now + wait, self._firing.again_at)
         if self._look_again_at > now:
             # A notification came after the one this look was for: those saved behind it are not in sight yet.
             self._promote_at = min(self._promote_at, self._look_again_at)

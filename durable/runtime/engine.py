@@ -5,7 +5,8 @@ rung. Which rows, which locks, who may die where:
 
 * A claim marks rows (worker, token + 1) and enters `held` here. Between that commit and our knowing of it anything may
   die: `reconcile` gives back what the database says we hold and we don't know.
-* A row leaves `held` when its outcome is durable, stale, or it was given back. An outcome for a row not in `held` is
+* A row leaves `held` when its outcome is durable, stale, or it was given back. An outcome that waits for another
+  session's lock keeps it there (`locked`), and is offered again. An outcome for a row not in `held` is
   dropped: its lease was lost and somebody else owns the row.
 * The process may die at any moment: the agent (or the reaper) takes everything back by worker id.
 
@@ -33,6 +34,7 @@ from durable.runtime.assembly import Parts, Process, one_slot
 from durable.runtime.buffer import Outbox
 from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
+from durable.runtime.locked_outcomes import LockedOutcomes
 from durable.runtime.pacing import BEHIND_A_LONG_STEP
 from durable.runtime.picker import Picker
 from durable.runtime.reconcile import Reconcile
@@ -40,11 +42,16 @@ from durable.runtime.saturation import Saturation
 from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats, poll_timeout
 from durable.runtime.step_transaction import IDLE_SECONDS
 from durable.runtime.waiting import Waiting
-from durable.storage import claims, workers
+from durable.storage import claims, maintenance, workers
 from durable.storage.claims import Commit, Flushed
 from durable.storage.session import Operation, advise
 
 log = logging.getLogger(__name__)
+
+LOCKS_TOLD_EVERY = 60.0
+"""Seconds between two log lines of one process about outcomes that wait for locks."""
+LOOK_FOR_LOCKED = 2.0
+"""Seconds until claims are released again whose rows other sessions held."""
 
 
 class Engine:
@@ -87,8 +94,18 @@ class Engine:
         self.slot, self.buffer, self._pacing, self._step_connections = self._assemble(process)
         self._saturation = Saturation(queue, self.slot, self.buffer, self.outbox, self._pacing)
         self._held: dict[int, int] = {}
+        self._locked = LockedOutcomes()
+        self._tell_of_locks_at = -math.inf
         self._limited = LimitedPicker(self._link, queue, app.wakeups)
-        self._arrivals = Arrivals(app, self._link, self._picker, name, self._held, self._release)
+        self._arrivals = Arrivals(
+            app,
+            self._link,
+            self._picker,
+            name,
+            self._held,
+            self._release,
+            lambda: self._reconcile.again(LOOK_FOR_LOCKED),
+        )
         self._worker = 0
         self._more, self._took_all = True, False
         self._suspect = False
@@ -133,6 +150,7 @@ class Engine:
             self._start_over()
         try:
             self._flush_if_due()
+            self._flush_locked()
             self._give_back_excess()
             self._claim_if_wanted()
             self._reconcile_if_due()
@@ -159,7 +177,7 @@ class Engine:
 
     def _start_over(self) -> None:
         """Our lease was found dead: everything we hold belongs to others. Go on under a new id."""
-        buffered, commits = self.buffer.take_back(), self.outbox.take(len(self.outbox))
+        buffered, commits = self.buffer.take_back(), [*self._locked.clear(), *self.outbox.take(len(self.outbox))]
         self._held.clear()
         self.outbox.settled_all()
         dropped = len(buffered) + len(commits)
@@ -174,6 +192,20 @@ class Engine:
             self._flush(self.outbox.take(self._app.conf.outcomes_per_commit))
 
     def _flush(self, batch: Sequence[Commit]) -> None:
+        self._commit(batch)
+
+    def _flush_locked(self) -> None:
+        """Offer outcomes again that had to wait for another session's lock."""
+        if not len(self._locked):
+            return
+        batch = self._locked.take_due(self._app.conf.outcomes_per_commit)
+        if batch:
+            began = time.monotonic()
+            self._commit(batch, again=True)
+            self._locked.took(time.monotonic() - began)
+
+    def _commit(self, batch: Sequence[Commit], *, again: bool = False) -> None:
+        """Commit outcomes, and do what follows from that; `again`: those that waited for a lock."""
         owned = [commit for commit in batch if self.owns(commit.claimed)]
         waiting = [commit for commit in owned if commit.flushed is None]
         if self._stopping() or self._seat.paused:
@@ -184,21 +216,32 @@ class Engine:
         for commit in batch:
             if commit.flushed is not None:  # committed with what its step wrote
                 flushed.add(commit.flushed)
+        if len(self._locked) and not again:
+            held_up = {c.claimed.id: c.claimed.reports_to for c in waiting if self._locked.holds_up(c)}
+            flushed.locked |= held_up
+            waiting = [commit for commit in waiting if commit.claimed.id not in held_up]
         try:
             if waiting:
-                flushed.add(self._flusher.flush(self._worker, waiting))
+                flush = self._flusher.flush_again if again else self._flusher.flush
+                flushed.add(flush(self._worker, waiting))
         finally:
             # Whatever could not be committed is no longer known here: reconcile gives it back, to be run again.
             going_on = flushed.committed - flushed.ended
             hops = [c for c in owned if c.status == "executing" and c.claimed.id in going_on]
-            still_held = {hop.claimed.id for hop in hops}
+            still_held = {hop.claimed.id for hop in hops} | flushed.locked.keys()
             for commit in owned:
                 if commit.claimed.id not in still_held:
                     self._held.pop(commit.claimed.id, None)
-            self.outbox.settled(len(batch))
+            if len(self._locked):
+                self._locked.forget(commit.claimed.id for commit in batch if commit.claimed.id not in flushed.locked)
+            if not again:  # else they count as settled since they were put aside
+                self.outbox.settled(len(batch))
+        if flushed.locked:
+            self._put_aside([commit for commit in owned if commit.claimed.id in flushed.locked], flushed)
         if hops:
             self._go_on(hops, flushed)
-        reporting.stale([commit for commit in batch if commit.claimed.id not in flushed.committed])
+        known = flushed.committed | flushed.locked.keys() if flushed.locked else flushed.committed
+        reporting.stale([commit for commit in batch if commit.claimed.id not in known])
         self._more = True
         if self._queue in flushed.opened:
             self._limited.look_now()
@@ -206,6 +249,16 @@ class Engine:
         self._send(self._app.wakeups.became_ready(flushed.ready))
         if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
             self._send(self._app.wakeups.due_sooner())
+
+    def _put_aside(self, commits: Sequence[Commit], flushed: Flushed) -> None:
+        """Keep outcomes that wait for a lock; the others of their batch are committed."""
+        for commit in commits:
+            self._locked.put(commit, flushed.locked[commit.claimed.id])
+        if time.monotonic() >= self._tell_of_locks_at:
+            self._tell_of_locks_at = time.monotonic() + LOCKS_TOLD_EVERY
+            wanted = {i for commit in commits for i in (commit.claimed.id, flushed.locked[commit.claimed.id]) if i}
+            holders = self._link.run(maintenance.row_holders(sorted(wanted)))
+            reporting.put_aside([commit.claimed for commit in commits], holders, len(self._locked))
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
@@ -228,14 +281,24 @@ class Engine:
             return
         for row in rows:
             self._held.pop(row.id, None)  # first: if the release fails, reconcile finds them
-        counts = self._link.run_atomically(claims.release(self._worker, [(row.id, row.token) for row in rows], reason))
+        pairs = [(row.id, row.token) for row in rows]
+        if not self._give_back(pairs, reason):
+            self._reconcile.again(LOOK_FOR_LOCKED)
+
+    def _give_back(self, pairs: Sequence[tuple[int, int]], reason: str | None) -> bool:
+        """Release claims; return whether all could be: rows that other sessions hold are left claimed."""
+        counts, whole = self._link.run_around_locks(lambda wait: claims.release(self._worker, pairs, reason, wait=wait))
         self._send(self._app.wakeups.handed_back(counts))
+        return whole
 
     # Claim
 
     def _demand(self) -> int:
         # Once it has taken all there was, a look would only be in the way of the outcomes.
-        buffering = not (self._suspect or self._alone or self._limited.dry or (self._took_all and not self._more))
+        if self._locked.full:
+            return 0
+        isolating = self._alone or (self._suspect and not len(self._locked))
+        buffering = not (isolating or self._limited.dry or (self._took_all and not self._more))
         return self._pacing.demand(buffering=buffering)
 
     def _hear_of_suspect(self) -> None:
@@ -244,7 +307,7 @@ class Engine:
 
     def _may_sleep(self) -> bool:
         """Whether a claim that finds nothing is followed by sleep until somebody rings for a row."""
-        return not self._held
+        return len(self._held) <= len(self._locked)
 
     def _have_rows(self) -> None:
         self._seat.state = BUSY
@@ -253,7 +316,7 @@ class Engine:
         demand = self._demand()
         if not demand or time.monotonic() >= self._seat.deadline:
             return
-        self._alone = self._alone and bool(self._held)
+        self._alone = self._alone and len(self._held) > len(self._locked)
         if self._suspect and not self._held:
             self._suspect = False
             rows = self._claimed(self._picker.claim_suspect(self._worker))
@@ -312,16 +375,17 @@ class Engine:
     def _reconcile_if_due(self) -> None:
         """Give back rows that the database says we hold and we don't know: a claim whose answer was lost."""
         if time.monotonic() >= self._reconcile.at:
-            reporting.gave_back(self._name, self._queue, self._release_strange())
+            count, whole = self._release_strange()
+            reporting.gave_back(self._name, self._queue, count)
             self._reconcile.done(holding=bool(self._held))
+            if not whole:
+                self._reconcile.again(LOOK_FOR_LOCKED)
 
-    def _release_strange(self, reason: str | None = None) -> int:
+    def _release_strange(self, reason: str | None = None) -> tuple[int, bool]:
+        """Release claims that the database has and we don't; return how many, and whether all could be released."""
         there = self._link.run(claims.held(self._worker))
         strange = [(instance_id, token) for instance_id, token in there.items() if self._held.get(instance_id) != token]
-        if strange:
-            counts = self._link.run_atomically(claims.release(self._worker, strange, reason))
-            self._send(self._app.wakeups.handed_back(counts))
-        return len(strange)
+        return len(strange), not strange or self._give_back(strange, reason)
 
     def _after_error(self, error: psycopg.Error) -> None:
         """A statement outside of a flush failed: whatever it was about is looked up again, on a new connection."""
@@ -340,6 +404,8 @@ class Engine:
             return
         now = time.monotonic()
         until = min(self._reconcile.at, self._step_connections.idle_since + IDLE_SECONDS, self._saturation.due)
+        if len(self._locked):
+            until = min(until, self._locked.due)
         pending = len(self.outbox)
         if pending:
             until = min(until, self.outbox.oldest_at + self._app.conf.flush_delay)
@@ -367,11 +433,12 @@ class Engine:
         self._retried(lambda: self._release(buffered))
         reporting.drained(self._queue, len(buffered), int(self.slot.running))
         self.buffer.close()
-        while not self.slot.ended or len(self.outbox):
+        while not self.slot.ended or len(self.outbox) or len(self._locked):
             self._in_drain()
             if len(self.outbox):
                 self._flush(self.outbox.take(self._app.conf.outcomes_per_commit))
                 continue
+            self._flush_locked()
             left = (self._stop_asked() or 0.0) - time.monotonic()
             if left <= 0:
                 break
@@ -380,6 +447,14 @@ class Engine:
             self._bell.silence()
         if self.slot.running:
             log.warning("%s stops a step before its end; it runs again elsewhere", self._name)
+        if len(self._locked):
+            waiting = [commit.claimed.id for commit in self._locked.clear()]
+            log.warning(
+                "%s stops with %d outcomes that waited for locks of other sessions; these instances run again: %s",
+                self._name,
+                len(waiting),
+                waiting[:20],
+            )
         self._retried(self._leave)
 
     def _in_drain(self) -> None:

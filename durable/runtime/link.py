@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import psycopg
+from psycopg import errors as pg_errors
 
 from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
@@ -21,6 +22,15 @@ from durable.storage.session import PATIENCE, Connection, Operation, connect, de
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+LOCK_WAIT = 0.1
+"""Seconds for which a statement of a worker, an agent or a beat waits for another session's lock.
+
+Then the work that needs the lock is put aside and the rest goes on: see "What another session's lock does" in
+docs/operations.md.
+"""
+LOCKED = (pg_errors.LockNotAvailable, pg_errors.DeadlockDetected)
+"""Errors of a statement that another session's lock kept waiting."""
 
 
 class Stopped(Exception):
@@ -72,11 +82,30 @@ class Link:
         """Drive an operation in one transaction. Raises psycopg.Error, Stopped."""
         return run_atomically(self.connection, self.sql, operation)
 
+    def run_around_locks(self, operation_of: Callable[[bool], Operation[T]]) -> tuple[T, bool]:
+        """Drive an operation in one transaction; when it waits for a lock too long, once more without waiting.
+
+        operation_of  makes the operation; its argument says whether it may wait for locks. If not, it leaves out the
+                      rows that other sessions hold.
+        Returns the operation's result, and whether it was the whole of it. Raises psycopg.Error, Stopped.
+        """
+        try:
+            return self.run_atomically(operation_of(True)), True
+        except LOCKED:
+            return self.run_atomically(operation_of(False)), False
+
     def _open(self) -> Connection:
         told = False
         while True:
             try:
-                connection = connect(self._dsn(), self._name, pinned=True, pooler=self._pooler, patience=self._patience)
+                connection = connect(
+                    self._dsn(),
+                    self._name,
+                    pinned=True,
+                    pooler=self._pooler,
+                    patience=self._patience,
+                    lock_timeout=LOCK_WAIT,
+                )
                 self.connected_since = run(connection, self.sql, maintenance.now())
             except (psycopg.Error, DurableError) as error:
                 if not told:

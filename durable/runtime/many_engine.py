@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psycopg
 
@@ -18,7 +18,7 @@ from durable.app import Durable
 from durable.instance import Claimed
 from durable.runtime import reporting
 from durable.runtime.assembly import Parts, Process, many_slots
-from durable.runtime.engine import Engine
+from durable.runtime.engine import LOOK_FOR_LOCKED, Engine
 from durable.runtime.running import Running
 from durable.runtime.shared import BUSY, IDLE, Bell, Seat, SharedSeats
 from durable.runtime.watch import Watch, has_limits
@@ -94,22 +94,7 @@ class ManyEngine(Engine):
             steps = list(self._overdue)
             for step in steps:
                 self._held.pop(step.claimed.id, None)
-            host = os.uname().nodename
-            where = f"worker process {os.getpid()} of {self._name} on {host}"
-            taken = self._link.run_atomically(
-                workers.give_up(
-                    self._worker,
-                    [
-                        (
-                            step.claimed.id,
-                            step.claimed.token,
-                            f"its step ran longer than its time_limit of {step.limit:g} s in {where}",
-                        )
-                        for step in steps
-                    ],
-                    self._app.conf.max_crashes,
-                )
-            )
+            taken = self._count_crashes(steps)
             for step in steps:
                 self._overdue.popleft()
                 log.warning(
@@ -121,6 +106,23 @@ class ManyEngine(Engine):
             self._send(self._app.wakeups.handed_back(taken.by_queue))
             if len(taken.crashed) > len(taken.lost):
                 self._hear_of_suspect()
+
+    def _count_crashes(self, steps: Sequence[Running]) -> workers.Reclaimed:
+        where = f"worker process {os.getpid()} of {self._name} on {os.uname().nodename}"
+        given_up = [
+            (
+                step.claimed.id,
+                step.claimed.token,
+                f"its step ran longer than its time_limit of {step.limit:g} s in {where}",
+            )
+            for step in steps
+        ]
+        taken, whole = self._link.run_around_locks(
+            lambda wait: workers.give_up(self._worker, given_up, self._app.conf.max_crashes, wait=wait)
+        )
+        if not whole:
+            self._reconcile.again(LOOK_FOR_LOCKED)
+        return taken
 
     def _terminate(self) -> None:
         """Give back what runs and is to be terminated, and so ends cancelled; and what was taken and will not begin."""

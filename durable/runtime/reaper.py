@@ -10,6 +10,7 @@ waited too long are raised, where that is asked for. One process at a time does 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 
 from durable.config import Config
@@ -34,7 +35,7 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
         log.warning("the lease of %s ran out", who)
     total = Reclaimed()
     for worker, who in link.run(workers.orphaned()):
-        total.add(link.run_atomically(workers.reclaim(worker, None, conf.max_crashes, f"{who} stopped answering")))
+        total.add(take_back(link, worker, None, conf.max_crashes, f"{who} stopped answering"))
     if total.ids:
         log.warning("reaped %d rows of dead workers, %d failed for it", len(total.ids), len(total.lost))
     reporting.reaped(total.ids)
@@ -44,3 +45,14 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
         limits.repair(link, wakeups)
     age(link, wakeups, conf.reaper_interval * 0.9)
     return total
+
+
+def take_back(
+    link: Link, worker: int, entered: Sequence[tuple[int, int]] | None, max_crashes: int, cause: str
+) -> Reclaimed:
+    """Take back the rows of a dead worker; those that other sessions hold, or whose parent, are left for a later turn.
+
+    Arguments as for `workers.reclaim`. Raises psycopg.Error.
+    """
+    reclaimed, _ = link.run_around_locks(lambda wait: workers.reclaim(worker, entered, max_crashes, cause, wait=wait))
+    return reclaimed

@@ -28,6 +28,10 @@ class Reconcile:
         self.at = 0.0
         self._suspicious_until = time.monotonic() + LATE_CLAIM
 
+    def again(self, seconds: float) -> None:
+        """Rows could not be released, since other sessions hold them: compare again after that many seconds."""
+        self.at = min(self.at, time.monotonic() + seconds)
+
     def done(self, *, holding: bool) -> None:
         """It was compared."""
         now = time.monotonic()

@@ -16,6 +16,7 @@ from durable.containment import is_contained
 from durable.instance import Claimed
 from durable.limits import name_of
 from durable.storage.claims import Commit
+from durable.storage.maintenance import RowHolder
 from durable.storage.verdicts import Admitted
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,23 @@ def stale(commits: Sequence[Commit]) -> None:
     if "outcome.stale" in telemetry.attached:
         for commit in commits:
             telemetry.emit("outcome.stale", {"count": 1}, _about(commit))
+
+
+def put_aside(rows: Sequence[Claimed], holders: Sequence[RowHolder], waiting: int) -> None:
+    """Outcomes wait for locks that other sessions hold; the others of their batch were committed."""
+    shown = ", ".join(f"{row.id} ({row.machine} {row.step})" for row in rows[:5])
+    by = "; ".join(
+        f"{holder.application or 'a session'} (pid {holder.pid}"
+        + (f", its transaction is {holder.age:.0f} s old)" if holder.age is not None else ")")
+        for holder in {holder.pid: holder for holder in holders}.values()
+    )
+    log.warning(
+        "%d outcomes wait for locks of other sessions, among them those of instances %s; held by %s; others commit",
+        waiting,
+        shown,
+        by or "a transaction that ended a moment ago, or holds a key or a slot that they need",
+        extra={"instances": [row.id for row in rows[:20]]},
+    )
 
 
 def drained(queue: str, released: int, in_flight: int) -> None:

@@ -108,19 +108,24 @@ SELECT EXISTS (SELECT FROM {schema}.history
                WHERE finished_at >= %(since)s AND finished_at < %(until)s OFFSET %(count)s);
 
 -- name: sweep_workers
--- Forget leases that have been dead for an hour and hold nothing. Rows: id.
-DELETE FROM {schema}.workers AS w
-WHERE w.dead_at < clock_timestamp() - interval '1 hour'
-  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
-RETURNING w.id;
+-- Forget leases that have been dead for an hour and hold nothing. Rows: id. Locks: workers FOR UPDATE SKIP LOCKED.
+DELETE FROM {schema}.workers WHERE id = ANY (ARRAY(
+    SELECT w.id FROM {schema}.workers AS w
+    WHERE w.dead_at < clock_timestamp() - interval '1 hour'
+      AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.worker_id = w.id AND i.status = 'executing')
+    FOR UPDATE OF w SKIP LOCKED))
+RETURNING id;
 
 -- name: sweep_signals
 -- Delete signals of instances that are finished: those that were delivered while their target's end committed.
--- Rows: id.
-DELETE FROM {schema}.signals AS s
-WHERE s.created_at < clock_timestamp() - interval '1 minute'
-  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = ANY (ARRAY[s.target_id]) AND i.finished_at IS NULL)
-RETURNING s.id;
+-- Rows: id. Locks: signals FOR UPDATE SKIP LOCKED.
+DELETE FROM {schema}.signals WHERE id = ANY (ARRAY(
+    SELECT s.id FROM {schema}.signals AS s
+    WHERE s.created_at < clock_timestamp() - interval '1 minute'
+      AND NOT EXISTS (SELECT FROM {schema}.instances AS i
+                      WHERE i.id = ANY (ARRAY[s.target_id]) AND i.finished_at IS NULL)
+    FOR UPDATE OF s SKIP LOCKED))
+RETURNING id;
 
 -- name: now
 -- The database's clock.

@@ -61,15 +61,15 @@ WHERE i.status = 'executing' AND (w.id IS NULL OR w.dead_at IS NOT NULL);
 -- which it was killed counts none.
 -- A row whose outcome is committing right now is locked and skipped: the next turn meets it, if it is still there.
 -- It waits for no lock, so it needs no order; asked for one, the planner would walk the primary key of every row.
--- Params: worker bigint; entered_ids bigint[], entered_tokens int[] (what it was running), all_entered bool (when
---         that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed,
+-- Params: worker bigint; except bigint[] (ids left for a later turn); entered_ids bigint[], entered_tokens int[] (what
+--         it was running), all_entered bool (when that is not known); max_crashes int; error jsonb for those that fail. Rows: id, queue, status, crashed,
 --         concurrency_key, gate_shard.
 WITH taken AS MATERIALIZED (
     SELECT i.ctid AS row, (%(all_entered)s OR e.id IS NOT NULL) AND NOT i.terminate_requested AS crashed
     FROM {schema}.instances AS i
     LEFT JOIN unnest(%(entered_ids)s::bigint[], %(entered_tokens)s::int[]) AS e (id, token)
            ON e.id = i.id AND e.token = i.token
-    WHERE i.worker_id = %(worker)s AND i.status = 'executing'
+    WHERE i.worker_id = %(worker)s AND i.status = 'executing' AND i.id <> ALL (%(except)s::bigint[])
     FOR NO KEY UPDATE OF i SKIP LOCKED
 ), judged AS MATERIALIZED (
     SELECT t.row, t.crashed, i.cancel_requested AS cancelled,

@@ -25,9 +25,9 @@ from psycopg.types.json import Jsonb
 from durable.instance import TERMINAL, Claimed, NewInstance, Payload
 from durable.sql import Statements
 from durable.storage.arrays import ByteaArray, Float8Array, Int4Array, Int8Array, TextArray
-from durable.storage.instances import end, insert_many, lock_parents, lower_barriers
+from durable.storage.instances import end, insert_many, lock_free, lock_parents, lower_barriers
 from durable.storage.lanes import Freed, free
-from durable.storage.session import Connection, Operation, run, run_atomically
+from durable.storage.session import Connection, Operation, local_lock_timeout, run, run_atomically
 
 _IN_PICK_ORDER = attrgetter("priority", "eligible_at", "id")
 _BY_ID = attrgetter("claimed.id", "claimed.token")
@@ -118,6 +118,8 @@ class Flushed:
     inboxes    committed ids that may have signals
     ended      committed ids that don't go on here even if meant to: finished (a cancel overrules), or lost since
     opened     queues in which a key or slot that came free made a row a candidate; `ready` counts it too
+    locked     ids whose outcome waits for a lock that another session holds, with the parent that it holds (None: the
+               row itself, or something else): not committed, and not stale
     """
 
     committed: set[int] = field(default_factory=set)
@@ -125,6 +127,7 @@ class Flushed:
     ready: Counter[str] = field(default_factory=Counter)
     inboxes: set[int] = field(default_factory=set)
     opened: set[str] = field(default_factory=set)
+    locked: dict[int, int | None] = field(default_factory=dict)
 
     def add(self, other: Flushed) -> None:
         """Count another flush in."""
@@ -133,6 +136,7 @@ class Flushed:
         self.inboxes |= other.inboxes
         self.ended |= other.ended
         self.opened |= other.opened
+        self.locked |= other.locked
 
 
 def claim(
@@ -166,10 +170,14 @@ def held(worker: int) -> Operation[dict[int, int]]:
     return dict(rows)
 
 
-def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None = None) -> Operation[dict[str, int]]:
-    """Give back (id, token) pairs unchanged; return how many became runnable per queue. Needs a transaction."""
-    ordered = sorted(claims)
-    yield from lock_parents([claim[0] for claim in ordered])
+def release(
+    worker: int, claims: Sequence[tuple[int, int]], reason: str | None = None, *, wait: bool = True
+) -> Operation[dict[str, int]]:
+    """Give back (id, token) pairs unchanged; return how many became runnable per queue. Needs a transaction.
+
+    wait  False: leave out rows that other sessions hold, or whose parent they hold
+    """
+    ordered = yield from _locked_with_parents(claims, wait)
     rows = yield (
         "release",
         {
@@ -181,14 +189,26 @@ def release(worker: int, claims: Sequence[tuple[int, int]], reason: str | None =
     )
     counts = Counter((yield from end([row[0] for row in rows if row[2] == "cancelled"])))
     counts.update(row[1] for row in rows if row[2] == "runnable")
-    counts.update((yield from free((row[3], row[4]) for row in rows)))
+    counts.update((yield from free(((row[3], row[4]) for row in rows), wait=wait)))
     return dict(counts)
 
 
-def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str, int]]:
-    """End claims whose `expires` passed before they started; return woken parents per queue. Needs a transaction."""
-    ordered = sorted(claims)
-    yield from lock_parents([claim[0] for claim in ordered])
+def _locked_with_parents(claims: Sequence[tuple[int, int]], wait: bool) -> Operation[list[tuple[int, int]]]:
+    """Lock what an end of these rows changes in their families; return the claims to go on with, by id."""
+    ids = sorted(claim[0] for claim in claims)
+    if wait:
+        yield from lock_parents(ids)
+        return sorted(claims)
+    held = yield from lock_free(ids)
+    return sorted(claim for claim in claims if claim[0] not in held)
+
+
+def expire(worker: int, claims: Sequence[tuple[int, int]], *, wait: bool = True) -> Operation[dict[str, int]]:
+    """End claims whose `expires` passed before they started; return woken parents per queue. Needs a transaction.
+
+    wait  as for `release`
+    """
+    ordered = yield from _locked_with_parents(claims, wait)
     rows = yield (
         "expire",
         {
@@ -199,7 +219,7 @@ def expire(worker: int, claims: Sequence[tuple[int, int]]) -> Operation[dict[str
         },
     )
     counts = Counter((yield from end([row[0] for row in rows])))
-    counts.update((yield from free((row[1], row[2]) for row in rows)))
+    counts.update((yield from free(((row[1], row[2]) for row in rows), wait=wait)))
     return dict(counts)
 
 
@@ -208,7 +228,10 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
 
     Raises psycopg.Error, with nothing committed (or, when the connection is lost, nothing known: see `resolve`).
     """
-    plain = connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE and all(
+    alone = connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE and not local_lock_timeout(
+        connection
+    )
+    plain = alone and all(
         commit.kind == "end"
         and not commit.claimed.keeps_key
         and commit.claimed.reports_to is None
@@ -241,13 +264,34 @@ def flush_one(worker: int, commit: Commit) -> Operation[Flushed]:
     return (yield from _flush(worker, [commit]))
 
 
-def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
+@dataclass(slots=True)
+class Around:
+    """The ids that a `flush_free` leaves out, as in `Flushed.locked`; None as long as it does not know them."""
+
+    locked: dict[int, int | None] | None = None
+
+
+def flush_free(worker: int, batch: Sequence[Commit], around: Around) -> Operation[Flushed]:
+    """Write the outcomes of a batch whose rows, and whose parents, no other session holds. Needs a transaction.
+
+    Waits for no slot and no lane either. Only a correlation key of a child may still be another transaction's.
+
+    around  told what is left out before anything is written
+    """
+    around.locked = yield from lock_free([commit.claimed.id for commit in batch])
+    free_ones = [commit for commit in batch if commit.claimed.id not in around.locked]
+    flushed = (yield from _flush(worker, free_ones, wait=False)) if free_ones else Flushed()
+    flushed.locked |= around.locked
+    return flushed
+
+
+def _flush(worker: int, batch: Sequence[Commit], *, wait: bool = True) -> Operation[Flushed]:
     batch = sorted(batch, key=_BY_ID)
     flushed = Flushed()
     parents = {commit.claimed.reports_to for commit in batch if commit.claimed.reports_to is not None}
     ending = [commit for commit in batch if not commit.keeps_row]
     staying = [commit for commit in batch if commit.keeps_row]
-    if parents or (ending and staying):  # two statements would lock their rows one set after the other
+    if wait and (parents or (ending and staying)):  # two statements would lock their rows one set after the other
         yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
     freed: list[Freed] = []
     if ending:
@@ -255,7 +299,7 @@ def _flush(worker: int, batch: Sequence[Commit]) -> Operation[Flushed]:
     if staying:
         yield from _advance(worker, staying, flushed, freed)
     if freed:
-        opened = yield from free(freed)
+        opened = yield from free(freed, wait=wait)
         flushed.ready.update(opened)
         flushed.opened |= opened.keys()
     return flushed

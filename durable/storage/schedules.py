@@ -29,11 +29,16 @@ AT_ONCE = 100
 
 @dataclass(slots=True)
 class Fired:
-    """What was fired: rows inserted; names of schedules that this code cannot read, which newer code has written."""
+    """What was fired: rows inserted, and the names of their schedules.
+
+    unreadable  names of schedules that this code cannot read, which newer code has written
+    broken      name -> what is wrong with it, for schedules whose row makes no sense
+    """
 
     inserted: list[NewInstance] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    schedules: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
     at: str | None = None
     """Name of the schedule that was being fired when an error ended it."""
 
@@ -96,11 +101,14 @@ def fire(unreadable: Sequence[str], limit: int = 50, into: Fired | None = None) 
         try:
             schedule = parse(text, tz)
             new = from_template(values, Payload(state_type, state))
+            # In UTC: in a zone with daylight saving Python subtracts wall clocks, and an occurrence in time seems late.
+            occurrences, following = occurrences_due(schedule, misfire, next_at.astimezone(UTC), now.astimezone(UTC))
         except (DefinitionError, TypeError):
             fired.unreadable.append(name)
             continue
-        # In UTC: in a zone with daylight saving Python subtracts wall clocks, and what is in time seems an hour late.
-        occurrences, following = occurrences_due(schedule, misfire, next_at.astimezone(UTC), now.astimezone(UTC))
+        except Exception as error:  # a row changed by hand: it must not stop the others
+            fired.broken[name] = f"{type(error).__name__}: {error}"
+            continue
         due = max(len(occurrences), 1)
         if overlap == "skip":
             occurrences = [] if busy else occurrences[-1:]
@@ -118,7 +126,7 @@ def fire(unreadable: Sequence[str], limit: int = 50, into: Fired | None = None) 
             },
         )
         fired.inserted += [new] * len(there)
-        fired.schedules += 1
+        fired.names.append(name)
     return fired
 
 

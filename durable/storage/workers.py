@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 
 from durable.storage.arrays import Int4Array, Int8Array, TextArray
 from durable.storage.claims import held
-from durable.storage.instances import end, lock_parents
+from durable.storage.instances import end, lock_free, lock_parents
 from durable.storage.lanes import free
 from durable.storage.session import Operation
 
@@ -104,20 +104,27 @@ def reclaim(
     entered: Sequence[tuple[int, int]] | None,
     max_crashes: int,
     cause: str,
+    *,
+    wait: bool = True,
 ) -> Operation[Reclaimed]:
     """Take back every row of a dead worker id. Needs a transaction; skips rows whose outcome is committing right now.
 
     entered  (id, token) of the rows it was running; None when unknown: then all of them count a crash
     cause    how the process died, for those that fail with WorkerLost
+    wait     False: skip rows whose parent another session holds, too
     """
     pairs = entered or ()
     rows_held = yield from held(worker)
-    if rows_held:
+    left: Collection[int] = ()
+    if rows_held and wait:
         yield from lock_parents(list(rows_held))
+    elif rows_held:
+        left = yield from lock_free(list(rows_held))
     rows = yield (
         "reclaim",
         {
             "worker": worker,
+            "except": Int8Array(sorted(left)),
             "entered_ids": Int8Array([pair[0] for pair in pairs]),
             "entered_tokens": Int4Array([pair[1] for pair in pairs]),
             "all_entered": entered is None,
@@ -125,17 +132,25 @@ def reclaim(
             "error": Jsonb({"type": "WorkerLost", "message": f"{cause}; that was crash {max_crashes} in this step"}),
         },
     )
-    return (yield from _reclaimed(rows))
+    return (yield from _reclaimed(rows, wait))
 
 
-def give_up(worker: int, steps: Sequence[tuple[int, int, str]], max_crashes: int) -> Operation[Reclaimed]:
+def give_up(
+    worker: int, steps: Sequence[tuple[int, int, str]], max_crashes: int, *, wait: bool = True
+) -> Operation[Reclaimed]:
     """Take back rows whose steps ran too long, from a worker that lives: each counts a crash. Needs a transaction.
 
     steps  (id, token, why it was given up, for one that fails with WorkerLost)
+    wait   False: skip rows whose parent another session holds, too
     Skips rows whose outcome is committing right now.
     """
     ordered = sorted(steps)
-    yield from lock_parents([step[0] for step in ordered])
+    ids = [step[0] for step in ordered]
+    if wait:
+        yield from lock_parents(ids)
+    else:
+        left = yield from lock_free(ids)
+        ordered = [step for step in ordered if step[0] not in left]
     errors = [
         json.dumps({"type": "WorkerLost", "message": f"{why}; that was crash {max_crashes} in this step"})
         for _, _, why in ordered
@@ -150,10 +165,10 @@ def give_up(worker: int, steps: Sequence[tuple[int, int, str]], max_crashes: int
             "max_crashes": max_crashes,
         },
     )
-    return (yield from _reclaimed(rows))
+    return (yield from _reclaimed(rows, wait))
 
 
-def _reclaimed(rows: Sequence[Sequence[Any]]) -> Operation[Reclaimed]:
+def _reclaimed(rows: Sequence[Sequence[Any]], wait: bool) -> Operation[Reclaimed]:
     """Count rows that were taken back, and do what follows from their end."""
     reclaimed = Reclaimed()
     ended: list[int] = []
@@ -169,7 +184,7 @@ def _reclaimed(rows: Sequence[Sequence[Any]]) -> Operation[Reclaimed]:
             if status == "failed":
                 reclaimed.lost.append(instance_id)
     woken = Counter((yield from end(ended)))
-    woken.update((yield from free((row[4], row[5]) for row in rows)))
+    woken.update((yield from free(((row[4], row[5]) for row in rows), wait=wait)))
     for queue, count in woken.items():
         reclaimed.by_queue[queue] = reclaimed.by_queue.get(queue, 0) + count
     return reclaimed

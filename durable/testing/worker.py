@@ -181,6 +181,10 @@ class LocalWorker:
         flushed = commit.flushed or Flushed()
         if commit.flushed is None:  # else it was committed together with what its step wrote
             flushed = self._flusher.flush(self._worker, [commit])
+            while flushed.locked:  # only where the connection has a lock_timeout
+                if self._pause(0.05):
+                    raise Stopped
+                flushed = self._flusher.flush_again(self._worker, [commit])
         claimed = commit.claimed
         if claimed.id not in flushed.committed:
             return None, None

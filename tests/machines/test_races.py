@@ -536,9 +536,10 @@ def test_the_driver_and_two_sessions_agree_on_a_whole_machine(
     result = Whole.delay()
     commit = driver.execute(driver.claim())
     delivery = Held(rows, delivering(result.id)).until(None)
+    driver.engine._link.connection.execute("SET lock_timeout = 0")  # else the outcome is put aside
+    engine_pid = driver.engine._link.connection.info.backend_pid
     parking = rows.background(lambda: driver.flush(commit))
     watcher = rows.other()
-    engine_pid = driver.engine._link.connection.info.backend_pid
     wait_until_blocked(watcher, engine_pid, parking)
     delivery.commit()
     assert parking.result(10) == {result.id}

@@ -176,7 +176,11 @@ PASS_BY: Mapping[str, str] = {
     **dict.fromkeys(
         ("promote", "time out", "open token lanes", "ageing", "bury what has expired"), "the clock comes round again"
     ),
-    **dict.fromkeys(("sweep of kept rows", "sweep of limits"), "what is left will be swept another day"),
+    **dict.fromkeys(("flush around locks", "release around locks"), "what is held is offered again"),
+    **dict.fromkeys(
+        ("sweep of kept rows", "sweep of limits", "sweep of signals", "sweep of workers"),
+        "what is left will be swept another day",
+    ),
 }
 """Operations that wait for no row: they pass by what somebody holds; and why that loses nothing."""
 

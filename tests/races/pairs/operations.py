@@ -33,6 +33,7 @@ from tests.races.pairs.world import (
     SHOWN,
     SUSPECT,
     TOKEN,
+    WAITING,
     Scene,
     Traits,
 )
@@ -68,12 +69,21 @@ def soon(commit: Commit) -> Commit:
     return replace(commit, delay=commit.delay and -1.0, timeout=commit.timeout and -1.0)
 
 
-def flush_of_two(scene: Scene) -> Operation[Any]:
+def two_outcomes(scene: Scene) -> list[Commit]:
     second = scene.claimed._replace(
         id=SECOND, token=1, version=0, correlation_key=f"k{SECOND}", keeps_key=False, children_round=0, inbox=False
     )
     second = second._replace(concurrency_key=None, gate_shard=None)
-    return flushing(OWNER, OUTCOMES["done"](scene.claimed, SHOWN), OUTCOMES["next"](second, ()))
+    return [OUTCOMES["done"](scene.claimed, SHOWN), OUTCOMES["next"](second, ())]
+
+
+def flush_of_two(scene: Scene) -> Operation[Any]:
+    return flushing(OWNER, *two_outcomes(scene))
+
+
+def flush_around(scene: Scene) -> Operation[Any]:
+    """What a flush does once it has waited too long for a lock."""
+    return claims.flush_free(OWNER, two_outcomes(scene), claims.Around())
 
 
 def with_what_it_wrote(scene: Scene) -> Operation[Any]:
@@ -148,6 +158,8 @@ OPERATIONS: dict[str, Op] = {
     "release": Op(lambda scene: claims.release(OWNER, HELD, "draining")),
     "release of a cancelled one": Op(lambda scene: claims.release(OWNER, HELD, "draining"), needs=ASKED),
     "claimed again": Op(claimed_again),
+    "flush around locks": Op(flush_around),
+    "release around locks": Op(lambda scene: claims.release(OWNER, HELD, "draining", wait=False)),
     "expire": Op(lambda scene: claims.expire(OWNER, MINE)),
     "reclaim": Op(lambda scene: reclaiming(OWNER), needs=frozenset({"dead"})),
     "reclaim, the last time": Op(lambda scene: workers.reclaim(OWNER, MINE, 1, "it died"), needs=frozenset({"dead"})),
@@ -185,6 +197,8 @@ OPERATIONS: dict[str, Op] = {
         lambda scene: limits.put({("concurrency", "gate"): ConcurrencyLimit(2)}, pin=True), CANDIDATE, GATED, False
     ),
     "drop a limit": Op(lambda scene: limits.drop("concurrency", "gate"), CANDIDATE, GATED, False),
+    "cancel of the candidate": Op(lambda scene: instances.cancel(CANDIDATE, "enough"), CANDIDATE, GATED, False),
+    "cancel of the next in line": Op(lambda scene: instances.cancel(WAITING, "enough"), WAITING, GATED, False),
     "ageing": Op(lambda scene: ageing.age_queue("default", 1.0), RUNNABLE),
 }
 """Every operation that changes rows while the system runs."""
