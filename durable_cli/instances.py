@@ -349,6 +349,9 @@ def purge(session: Session, queue: str | None, yes: bool) -> None:
                 raise CommandError(f"this would delete {what} ({where}); say --yes to do it", USAGE)
             click.confirm(f"Delete {what} ({where})?", abort=True, err=True)
         purged = run_repeatedly(connection, app.sql, lambda: inspection.purge(queue))
+        left = run(connection, app.sql, inspection.purgeable(queue))
+    if left:
+        note(f"Note: {left:,} waiting instances came meanwhile, or are held by other sessions; purge again")
     if session.as_json:
         print_json({"purged": purged, "queue": queue, "schema": app.schema, "database": database})
     else:

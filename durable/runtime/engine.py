@@ -236,8 +236,9 @@ class Engine:
                 self._locked.forget(commit.claimed.id for commit in batch if commit.claimed.id not in flushed.locked)
             if not again:  # else they count as settled since they were put aside
                 self.outbox.settled(len(batch))
-        if flushed.locked:
-            self._put_aside([commit for commit in owned if commit.claimed.id in flushed.locked], flushed)
+        waits = [commit for commit in owned if commit.claimed.id in flushed.locked] if flushed.locked else []
+        for commit in waits:
+            self._locked.put(commit, flushed.locked[commit.claimed.id])
         if hops:
             self._go_on(hops, flushed)
         known = flushed.committed | flushed.locked.keys() if flushed.locked else flushed.committed
@@ -249,21 +250,27 @@ class Engine:
         self._send(self._app.wakeups.became_ready(flushed.ready))
         if any(c.status == "scheduled" or c.timeout is not None for c in batch if c.claimed.id in flushed.committed):
             self._send(self._app.wakeups.due_sooner())
+        if waits:
+            self._tell_of_locks(waits, flushed)
 
-    def _put_aside(self, commits: Sequence[Commit], flushed: Flushed) -> None:
-        """Keep outcomes that wait for a lock; the others of their batch are committed."""
-        for commit in commits:
-            self._locked.put(commit, flushed.locked[commit.claimed.id])
+    def _tell_of_locks(self, waits: Sequence[Commit], flushed: Flushed) -> None:
+        """Log, now and then, which outcomes wait for a lock, and who holds it."""
         if time.monotonic() >= self._tell_of_locks_at:
             self._tell_of_locks_at = time.monotonic() + LOCKS_TOLD_EVERY
-            wanted = {i for commit in commits for i in (commit.claimed.id, flushed.locked[commit.claimed.id]) if i}
+            wanted = {i for commit in waits for i in (commit.claimed.id, flushed.locked[commit.claimed.id]) if i}
             holders = self._link.run(maintenance.row_holders(sorted(wanted)))
-            reporting.put_aside([commit.claimed for commit in commits], holders, len(self._locked))
+            reporting.put_aside([commit.claimed for commit in waits], holders, len(self._locked))
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
         rows = [hop.next_claim(hop.claimed.id in flushed.inboxes) for hop in hops]
-        self.buffer.put_first(self._arrivals.with_inboxes(rows))
+        try:
+            rows = self._arrivals.with_inboxes(rows)
+        except psycopg.Error:
+            for row in rows:
+                self._held.pop(row.id, None)  # reconcile, which follows every error, gives them back
+            raise
+        self.buffer.put_first(rows)
 
     def _send(self, wakeups: Sequence[Operation[Any]]) -> None:
         for operation in wakeups:
@@ -433,7 +440,9 @@ class Engine:
         self._retried(lambda: self._release(buffered))
         reporting.drained(self._queue, len(buffered), int(self.slot.running))
         self.buffer.close()
-        while not self.slot.ended or len(self.outbox) or len(self._locked):
+        # A process that retires lets its steps take their time, but waits no longer for other sessions' locks.
+        locked_until = time.monotonic() + self._app.conf.drain_timeout
+        while not self.slot.ended or len(self.outbox) or (len(self._locked) and time.monotonic() < locked_until):
             self._in_drain()
             if len(self.outbox):
                 self._flush(self.outbox.take(self._app.conf.outcomes_per_commit))

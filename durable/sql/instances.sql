@@ -288,19 +288,24 @@ LIMIT %(limit)s;
 
 -- name: lock_purgeable
 -- Lock the waiting instances that never started, and the parents they report to, in one order, as a flush and a cascade
--- do. An array, since a row that was waited for would be looked up in a joined set again, and not found there.
--- Params: queue text|null (all). Rows: id. Locks: instances FOR NO KEY UPDATE, in id order.
+-- do. Those that another session holds, or whose parent it holds, are left out: to wait for one, with the whole queue
+-- locked, would stop the queue.
+-- Params: queue text|null (all). Rows: id. Locks: instances FOR UPDATE SKIP LOCKED, in id order.
 WITH waiting AS MATERIALIZED (
-    SELECT id, parent_id FROM {schema}.instances
+    SELECT id, CASE WHEN parent_round IS NOT NULL THEN parent_id END AS parent_id FROM {schema}.instances
     WHERE status IN ('runnable', 'scheduled') AND version = 0
       AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+), locked AS MATERIALIZED (
+    SELECT id FROM {schema}.instances
+    WHERE id = ANY (ARRAY(SELECT id FROM waiting UNION ALL SELECT parent_id FROM waiting))
+    ORDER BY id FOR UPDATE SKIP LOCKED
 )
-SELECT id FROM {schema}.instances
-WHERE id = ANY (ARRAY(SELECT id FROM waiting UNION ALL SELECT parent_id FROM waiting))
-ORDER BY id FOR NO KEY UPDATE;
+SELECT w.id FROM waiting AS w JOIN locked AS l ON l.id = w.id
+WHERE w.parent_id IS NULL OR EXISTS (SELECT FROM locked AS p WHERE p.id = w.parent_id)
+   OR NOT EXISTS (SELECT FROM {schema}.instances AS p WHERE p.id = w.parent_id);
 
 -- name: purge
--- Delete those of these locked rows that never started; parents among them did. Params: ids bigint[].
+-- Delete those of these locked rows that never started. Params: ids bigint[].
 -- Rows: id, parent_id, inbox, concurrency_key, rate_limit.
 DELETE FROM {schema}.instances
 WHERE id = ANY (%(ids)s::bigint[]) AND status IN ('runnable', 'scheduled') AND version = 0

@@ -341,7 +341,7 @@ def purgeable(queue: str | None) -> Operation[int]:
 def purge(queue: str | None) -> Operation[int]:
     """Delete the waiting instances of a queue (None: of all) that never started; return how many. Needs a transaction.
 
-    To a parent they count as ended.
+    To a parent they count as ended. Instances that another session holds, or whose parent it holds, are left.
     """
     locked = yield "lock_purgeable", {"queue": queue}
     rows = yield "purge", {"ids": Int8Array([row[0] for row in locked])}

@@ -125,3 +125,23 @@ def test_children_are_scheduled_once(
     driver.flush(*leaves)
     driver.drain()
     assert result.get(timeout=5) == 2
+
+
+def test_hop_whose_inbox_is_not_read_is_released(
+    app: Durable, driver: Driver, view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else this process would hold it for ever without running it."""
+    result = hopper(app).delay()
+    commit = driver.execute(driver.claim())
+    result.signal("early")
+    real = driver.engine._arrivals.with_inboxes
+
+    def lost(rows: Any) -> Any:
+        monkeypatch.setattr(driver.engine._arrivals, "with_inboxes", real)
+        raise psycopg.OperationalError("the connection was lost")
+
+    monkeypatch.setattr(driver.engine._arrivals, "with_inboxes", lost)
+    with pytest.raises(psycopg.OperationalError):
+        driver.flush(commit)
+    driver.engine._release_strange()
+    assert view.of(result.id, "status", "step") == ("runnable", "end")

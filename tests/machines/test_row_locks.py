@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -233,6 +234,19 @@ def test_drain_ends_beside_a_row_that_stays_locked(
     assert view.rows("SELECT FROM {schema}.workers WHERE id = %s AND dead_at IS NULL", driver.worker) == []
     other.rollback()
     assert driver.run(workers.reclaim(driver.worker, [], 3, "it left")).ids == [ids[0]]
+
+
+def test_retiring_process_waits_bounded_for_locks(
+    app: Durable, driver: Driver, other: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    app.conf.update(drain_timeout=0.3)
+    (instance,) = work(app, 1)
+    commit = driver.execute(driver.claim())
+    app.signal(instance, "note", connection=other)
+    driver.flush(commit)
+    driver.stop_at = math.inf
+    _drained(driver)
+    assert f"these instances run again: [{instance}]" in caplog.text
 
 
 def _drained(driver: Driver) -> None:

@@ -135,6 +135,19 @@ def test_last_two_rows_of_a_lane_are_purged_at_once(rows: Rows) -> None:
     assert [purge.commit() for purge in held] == [1, 1]
 
 
+def test_purge_leaves_what_is_held(rows: Rows) -> None:
+    parent = rows.insert()[0]
+    ids = rows.insert(3)
+    rows.fetch("UPDATE {schema}.instances SET parent_id = %s, parent_round = 1 WHERE id = %s", [parent, ids[2]])
+    rows.fetch("UPDATE {schema}.instances SET version = 1 WHERE id = %s", [parent])
+    others = [Held(rows.other(), _locking(instance)).until(None) for instance in (ids[0], parent)]
+    assert rows.atomically(inspection.purge("default")) == 1
+    assert [rows.status(instance) for instance in ids] == ["runnable", None, "runnable"]
+    for other in others:
+        other.rollback()
+    assert rows.atomically(inspection.purge("default")) == 2
+
+
 def test_cancel_waits_for_no_row_of_its_lane(rows: Rows) -> None:
     """A signal to the one that waits behind it, in an open transaction; a repair opens the lane later."""
     ids = [parked(rows, "default") for _ in range(2)]

@@ -177,6 +177,7 @@ PASS_BY: Mapping[str, str] = {
         ("promote", "time out", "open token lanes", "ageing", "bury what has expired"), "the clock comes round again"
     ),
     **dict.fromkeys(("flush around locks", "release around locks"), "what is held is offered again"),
+    "purge": "it says that there are more",
     **dict.fromkeys(
         ("sweep of kept rows", "sweep of limits", "sweep of signals", "sweep of workers"),
         "what is left will be swept another day",
