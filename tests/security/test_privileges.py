@@ -283,7 +283,7 @@ def test_last_admin_owns_the_schema(connection: Connection, schema: str, roles: 
     assert_whole(connection, schema, roles)
 
 
-def test_admin_restores_rights_without_a_superuser(
+def test_admin_restores_rights_by_itself(
     connection: Connection, database: str, schema: str, roles: dict[str, str]
 ) -> None:
     too_much(connection, schema, roles)
@@ -333,7 +333,7 @@ def test_migrate_needs_no_create_on_the_database(
             app.close()
 
 
-def test_printed_script_needs_no_create_on_the_database(connection: Connection, database: str, schema: str) -> None:
+def test_script_needs_no_create_on_the_database(connection: Connection, database: str, schema: str) -> None:
     with made_roles(connection, ["deploy"]) as made:
         connection.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {made['deploy']}")
         with psycopg.connect(make_conninfo(database, user=made["deploy"]), autocommit=True) as deploy:
