@@ -262,9 +262,8 @@ def end(ids: Sequence[int], *, waiting: bool = False) -> Operation[dict[str, int
     if not ids:
         return {}
     rows = yield "ended_families", {"ids": Int8Array(sorted(ids))}
-    # Without waiting: two cancels of the last two rows of a lane would wait for each other.
-    lanes = {lane for row in rows for lane in lanes_of(row[3], row[4])} if waiting else ()
-    opened = yield from open_lanes(lanes, wait=False)
+    # Two cancels of the last two rows of a lane wait for each other here; the caller repeats the one that is undone.
+    opened = (yield from open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))) if waiting else {}
     counts = Counter(row[1] for row in rows if row[1] is not None)
     woken = yield from lower_barriers(counts)
     yield from clear_inboxes([row[0] for row in rows if row[2]])

@@ -65,12 +65,9 @@ def open_due_lanes(limit: int = 100) -> Operation[dict[str, int]]:
 
 
 def open_lanes_of(kind: str, name: str) -> Operation[dict[str, int]]:
-    """Open every lane of a limit that has changed; return how many rows came out, per queue.
-
-    A lane whose rows are all held by other sessions is left to `repair`.
-    """
+    """Open every lane of a limit that has changed; return how many rows came out, per queue."""
     rows = yield "lanes_of_limit", {"kind": kind, "name": name}
-    return (yield from open_lanes((row[0] for row in rows), wait=False))
+    return (yield from open_lanes(row[0] for row in rows))
 
 
 def lock_gates(keys: Sequence[str]) -> Operation[list[Row]]:

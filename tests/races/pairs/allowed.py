@@ -176,7 +176,6 @@ PASS_BY: Mapping[str, str] = {
     **dict.fromkeys(
         ("promote", "time out", "open token lanes", "ageing", "bury what has expired"), "the clock comes round again"
     ),
-    **dict.fromkeys(("flush around locks", "release around locks"), "what is held is offered again"),
     "purge": "it says that there are more",
     **dict.fromkeys(
         ("sweep of kept rows", "sweep of limits", "sweep of signals", "sweep of workers"),

@@ -33,7 +33,6 @@ from tests.races.pairs.world import (
     SHOWN,
     SUSPECT,
     TOKEN,
-    WAITING,
     Scene,
     Traits,
 )
@@ -79,11 +78,6 @@ def two_outcomes(scene: Scene) -> list[Commit]:
 
 def flush_of_two(scene: Scene) -> Operation[Any]:
     return flushing(OWNER, *two_outcomes(scene))
-
-
-def flush_around(scene: Scene) -> Operation[Any]:
-    """What a flush does once it has waited too long for a lock."""
-    return claims.flush_free(OWNER, two_outcomes(scene), claims.Around())
 
 
 def with_what_it_wrote(scene: Scene) -> Operation[Any]:
@@ -158,8 +152,6 @@ OPERATIONS: dict[str, Op] = {
     "release": Op(lambda scene: claims.release(OWNER, HELD, "draining")),
     "release of a cancelled one": Op(lambda scene: claims.release(OWNER, HELD, "draining"), needs=ASKED),
     "claimed again": Op(claimed_again),
-    "flush around locks": Op(flush_around),
-    "release around locks": Op(lambda scene: claims.release(OWNER, HELD, "draining", wait=False)),
     "expire": Op(lambda scene: claims.expire(OWNER, MINE)),
     "reclaim": Op(lambda scene: reclaiming(OWNER), needs=frozenset({"dead"})),
     "reclaim, the last time": Op(lambda scene: workers.reclaim(OWNER, MINE, 1, "it died"), needs=frozenset({"dead"})),
@@ -197,8 +189,6 @@ OPERATIONS: dict[str, Op] = {
         lambda scene: limits.put({("concurrency", "gate"): ConcurrencyLimit(2)}, pin=True), CANDIDATE, GATED, False
     ),
     "drop a limit": Op(lambda scene: limits.drop("concurrency", "gate"), CANDIDATE, GATED, False),
-    "cancel of the candidate": Op(lambda scene: instances.cancel(CANDIDATE, "enough"), CANDIDATE, GATED, False),
-    "cancel of the next in line": Op(lambda scene: instances.cancel(WAITING, "enough"), WAITING, GATED, False),
     "ageing": Op(lambda scene: ageing.age_queue("default", 1.0), RUNNABLE),
 }
 """Every operation that changes rows while the system runs."""
