@@ -267,14 +267,18 @@ class StepTransaction:
         assert lent is not None, "a transaction ends once"
         self._check_open(lent)
         sql = self._connections.sql
+        # One id for both statements: the process may get another lease while the first one waits for a lock.
+        worker = self._connections.worker()
         try:
-            standing = lent.run(sql, claims.hold(self._connections.worker(), self._claimed))
+            standing = lent.run(sql, claims.hold(worker, self._claimed))
             if standing != "owned":
                 lent.undo()
                 commit.flushed = None if standing == "cancelled" else Flushed()
                 self._give_back()
                 return commit
-            flushed = lent.run(sql, claims.flush_one(self._connections.worker(), commit))
+            flushed = lent.run(sql, claims.flush_one(worker, commit))
+            if self._claimed.id not in flushed.committed:  # its writes must not be committed without it
+                raise StepAgain("its outcome was stale, although its row is locked")
         except psycopg.errors.CheckViolation as error:
             if error.diag.schema_name != sql.schema or error.diag.table_name != "history":
                 raise
@@ -294,7 +298,7 @@ class StepTransaction:
                 raise
             self._give_back()
             log.warning("the answer to a COMMIT was lost: %s", describe(error), extra=reporting.fields(self._claimed))
-            return self._find_out(commit, flushed)
+            return self._find_out(worker, commit, flushed)
         commit.flushed = flushed
         if lent.connection.wakeups:
             self._notify(lent)
@@ -362,10 +366,9 @@ class StepTransaction:
                 log.warning("a rollback failed, its connection is dropped: %s", describe(error))
         self._connections.give_back(lent)
 
-    def _find_out(self, commit: Commit, flushed: Flushed) -> Commit:
+    def _find_out(self, worker: int, commit: Commit, flushed: Flushed) -> Commit:
         """Ask until the database says what became of the COMMIT; `flushed` is what it would have done."""
         backoff = Backoff(first=0.02, most=2.0)
-        worker = self._connections.worker()
         while True:
             try:
                 with self._connections.plain() as connection:

@@ -610,3 +610,42 @@ def test_a_step_that_is_asked_to_stop_while_it_cannot_happen_is_given_back(
     assert driver.engine.slot.step(driver.claim()) is None
     driver.engine._leave()
     assert view.of(result.id, "status", "attempt", "crashes") == ("runnable", 0, 0)
+
+
+@pytest.mark.parametrize("machine", [False, True], ids=["end", "next"])
+def test_writes_need_the_outcome_they_belong_to(
+    app: Durable, driver: Driver, effects: Effects, connection: Any, database: str, machine: bool
+) -> None:
+    """The process gets another lease (its old one was found dead) while the outcome waits for a locked row."""
+    stranger = psycopg.connect(database)
+
+    def body(ctx: Context) -> None:
+        ctx.connection.execute(effects.insert, ["paid"])
+        stranger.execute(f"SELECT FROM {app.schema}.instances WHERE id = %s FOR UPDATE", [ctx.id])
+
+    @app.task(bind=True, name="t")
+    def work(ctx: Context) -> None:
+        body(ctx)
+
+    @app.machine(name="m")
+    class Pays(Machine):
+        @step(initial=True)
+        def pay(self, ctx: Context) -> Next:
+            body(ctx)
+            return Next(self.pay)
+
+    def new_lease() -> None:
+        wait_until(lambda: connection.execute(LOCK_WAITS).fetchone(), what="the outcome to wait")
+        driver.engine._register()
+        stranger.rollback()
+
+    app.insert(Pays if machine else work)
+    claimed = driver.claim()
+    other = threading.Thread(target=new_lease)
+    other.start()
+    commit = driver.execute(claimed)
+    other.join(10)
+    stranger.close()
+    committed = commit.flushed is not None and claimed.id in commit.flushed.committed
+    assert effects.seen == ["paid"] * committed
+    assert committed, "its row was locked until then, and held by the old lease"
