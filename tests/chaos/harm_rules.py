@@ -31,8 +31,8 @@ STANDS = 2.5
 """Seconds of a lock from which on a process must have begun another step meanwhile."""
 OFTEN, ENOUGH = 0.5, 40
 """There is work for every process when rows wait that often, or when that many steps a second begin."""
-STEADY = 20
-"""Steps of a process that takes whatever there is."""
+STEADY, BEFORE = 20, 3.0
+"""Steps in that many seconds before a fault show that a process takes whatever there is."""
 GIVES_UP = LEASE + 6.0
 """Seconds after which a connection that never answers is given up: about a lease, or the producers' timeout."""
 
@@ -144,8 +144,8 @@ def nobody_stands_still(record: Record, history: Replay) -> Iterator[Violation]:
         if fault["waiting"] < OFTEN and begun < ENOUGH * (end - begin):
             continue  # there was little to do
         for pid, entered in spans.items():
-            if len(entered) < STEADY:
-                continue  # it was made to run a crashed instance alone
+            if sum(begin - BEFORE < one.at < begin for one in entered) < STEADY:
+                continue  # it was new, or made to run crashed instances alone
             lived = entered[0].at < begin and any(end < one.at < end + 30 for one in entered)
             busy = any(begin - 10 < one.at < end and one.machine.startswith(("fork", "exit")) for one in entered)
             if record.homes.get(pid, "") == fault.get("place"):

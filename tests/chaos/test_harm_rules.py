@@ -67,7 +67,7 @@ def held(kind: str = "held-instances", **what: Any) -> dict[str, Any]:
 
 def busy(pid: int, *times: float, machine: str = "chain", before: int = 20) -> list[Any]:
     """Steps of another instance that a process began then, and some before."""
-    early = [17.0 + n / 100 for n in range(before)]
+    early = [18.0 + n / 100 for n in range(before)]
     return [one for n, at in enumerate([*early, *times])
             for one in effects_of(1, 0, 1, at, pid=pid, machine=machine, mark=f"w{n}")]  # fmt: skip
 
