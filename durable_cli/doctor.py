@@ -11,7 +11,7 @@ import click
 from durable import Durable
 from durable.errors import SchemaError
 from durable.storage import doctor as looks
-from durable.storage import inspection, limits, maintenance, migrations
+from durable.storage import inspection, limits, maintenance, migrations, workers
 from durable.storage.doctor import Holder
 from durable.storage.inspection import QueueState, WorkerState
 from durable.storage.session import Connection, run, translated
@@ -120,6 +120,7 @@ def examine(app: Durable, connection: Connection, most: Limits) -> Iterator[Find
     yield from _vacuum(app, connection, most)
     yield from _locks(app, connection, most)
     yield from _leases(app, connection)
+    yield from _crash_loops(app, connection)
     yield from repairing.findings(repairing.damage(app, connection))
     yield from _waiting(app, connection, queues, most)
     yield from _limits(app, connection)
@@ -236,6 +237,17 @@ def _leases(app: Durable, connection: Connection) -> Iterator[Finding]:
             "stuck lease",
             f"{who}, still holds {counted(row.number, row.example)}",
             "start a beat or a worker with reaper=True: it hands them back",
+        )
+
+
+def _crash_loops(app: Durable, connection: Connection) -> Iterator[Finding]:
+    for row in run(connection, app.sql, workers.crash_loops()):
+        yield Finding(
+            ERROR,
+            "crash loop",
+            f"queue {row.queue} lost {row.deaths} worker processes within {seconds(workers.CRASH_WINDOW)}; "
+            f"the last {row.last}",
+            "see the worker's log, and `durable list --status failed` for those that failed with WorkerLost",
         )
 
 

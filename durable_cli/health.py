@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from durable import Durable
-from durable.storage import inspection, migrations
+from durable.storage import inspection, migrations, workers
 from durable.storage.inspection import ProcessHealth, QueueHead
 from durable.storage.session import Connection, connect, run, translated
 from durable_cli.exits import EXPECTED, HEALTHY, UNHEALTHY, CommandError, explain
@@ -46,7 +46,8 @@ def healthcheck(
 ) -> None:
     """Exit with 0 when the workers and beats of this host are healthy, else with 1 and the reason.
 
-    Healthy: their leases are live, their heartbeat is recent, and nobody is kept waiting while slots are free.
+    Healthy: their leases are live, their heartbeat is recent, no queue of theirs loses one worker process after the
+    other, and no instance is kept waiting while slots are free.
     """
     session: Session = ctx.obj
     if name is None and host is None:
@@ -59,7 +60,11 @@ def healthcheck(
             age = app.conf.lease_ttl if max_age is None else max_age
             with _connected(app, timeout) as connection:
                 processes = run(connection, app.sql, inspection.health(name, host))
-                reason = _silent(processes, age, name, host) or _stuck(app, connection, processes, max_wait)
+                reason = (
+                    _silent(processes, age, name, host)
+                    or _crash_loop(app, connection, processes)
+                    or _stuck(app, connection, processes, max_wait)
+                )
     except CommandError:
         raise
     except EXPECTED as error:
@@ -90,6 +95,18 @@ def _silent(processes: Sequence[ProcessHealth], max_age: float, name: str | None
             return f"{what} sent its last heartbeat {youngest.heartbeat_age:.1f} s ago, more than {max_age:g} s"
         if not any(member.alive for member in members):
             return f"the lease of {what} has run out"
+    return None
+
+
+def _crash_loop(app: Durable, connection: Connection, processes: Sequence[ProcessHealth]) -> str | None:
+    """Return which queue of these processes loses one worker process after the other."""
+    served = {process.queue for process in processes}
+    for row in run(connection, app.sql, workers.crash_loops()):
+        if row.queue in served:
+            return (
+                f"queue {row.queue} lost {row.deaths} worker processes within {workers.CRASH_WINDOW:g} s; "
+                f"the last {row.last}"
+            )
     return None
 
 

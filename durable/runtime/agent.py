@@ -246,7 +246,10 @@ class Agent:
         for death in self._deaths:
             try:
                 self._link.run(workers.bury([death.worker]))
-                total.add(take_back(self._link, death.worker, death.entered, self._app.conf.max_crashes, death.cause))
+                taken = take_back(self._link, death.worker, death.entered, self._app.conf.max_crashes, death.cause)
+                total.add(taken)
+                if taken.crashed:
+                    self._link.run(workers.note_crash(death.worker, death.cause))
             except LOCKED:
                 left.append(death)  # its lease, or what its rows need, is held by another session
                 continue

@@ -34,6 +34,19 @@ WITH dying AS (
 UPDATE {schema}.workers AS w SET dead_at = clock_timestamp() FROM dying WHERE w.id = dying.id
 RETURNING w.id;
 
+-- name: note_crash
+-- Note how a dead process has died, in place of what it was running. Params: worker bigint, crash text.
+-- Locks: workers, one row, which nothing but this and a sweep touches any more.
+UPDATE {schema}.workers SET entered = jsonb_build_array(jsonb_build_object('crash', %(crash)s::text))
+WHERE id = %(worker)s AND dead_at IS NOT NULL;
+
+-- name: crash_loops
+-- Queues that have lost at least so many worker processes of late.
+-- Params: seconds float8, least int. Rows: queue, deaths, how the last one died.
+SELECT queue, count(*), (array_agg(entered -> 0 ->> 'crash' ORDER BY dead_at DESC))[1] FROM {schema}.workers
+WHERE entered -> 0 ->> 'crash' IS NOT NULL AND dead_at > clock_timestamp() - make_interval(secs => %(seconds)s)
+GROUP BY queue HAVING count(*) >= %(least)s ORDER BY queue;
+
 -- name: bury_expired
 -- The reaper's first half: mark leases dead that expired while the reaper itself was connected, and not within the
 -- grace after Postgres started. A claim in progress holds its row: it is met at the next turn.

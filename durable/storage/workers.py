@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
 
@@ -16,6 +16,11 @@ from durable.storage.claims import held
 from durable.storage.instances import end, lock_free, lock_parents
 from durable.storage.lanes import free
 from durable.storage.session import Operation
+
+CRASH_WINDOW = 300.0
+"""Seconds for which the death of a worker process counts towards a crash loop of its queue."""
+CRASH_LOOP = 5
+"""Deaths that are a crash loop. One instance that kills its process each time causes `max_crashes` of them, 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,14 @@ class Identity:
     queue: str | None = None
     slots: int = 1
     tasks: Sequence[str] = ()
+
+
+class CrashLoop(NamedTuple):
+    """A queue that has lost `deaths` worker processes within CRASH_WINDOW; `last` tells how the last one died."""
+
+    queue: str
+    deaths: int
+    last: str
 
 
 @dataclass(slots=True)
@@ -97,6 +110,17 @@ def heartbeat(
 def bury(ids: Sequence[int]) -> Operation[None]:
     """Mark leases dead, waiting for a claim in progress to end."""
     yield "bury", {"ids": Int8Array(sorted(ids))}
+
+
+def note_crash(worker: int, crash: str) -> Operation[None]:
+    """Note on a dead lease how its process has died; `crash_loops` counts it for as long as the lease is kept."""
+    yield "note_crash", {"worker": worker, "crash": crash}
+
+
+def crash_loops() -> Operation[list[CrashLoop]]:
+    """Return the queues that lose one worker process after the other."""
+    rows = yield "crash_loops", {"seconds": CRASH_WINDOW, "least": CRASH_LOOP}
+    return [CrashLoop(*row) for row in rows]
 
 
 def reclaim(
