@@ -143,9 +143,11 @@ def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: S
             finished.set()
             if failed or not engine.slot.ended:
                 # The slot is inside user code, which can't be interrupted from here: its row was given back.
-                telemetry.leave()
-                logging.shutdown()
-                os._exit(70 if failed else 0)
+                try:
+                    telemetry.leave()
+                    logging.shutdown()
+                finally:  # handlers of logging are user code
+                    os._exit(70 if failed else 0)
 
     stop.listen()
     if not place.has_many:

@@ -78,6 +78,25 @@ def noting_tasks(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     return loop
 
 
+class CurrentLoop:
+    """The event loop that is current in a thread (`asyncio.get_event_loop`) while no step runs there."""
+
+    def __init__(self) -> None:
+        # asyncio tells of it only by making a loop where there is none; a policy that keeps it elsewhere is left alone.
+        self._local: Any = getattr(asyncio.get_event_loop_policy(), "_local", None)
+
+    def mend(self) -> None:
+        """Forget a loop that a step has made current and closed, as `asyncio.run` does, so that the next can make one.
+
+        One that is open stays: plain steps may run what they keep at module level on it, one after the other.
+        """
+        local = self._local
+        if local is not None:
+            loop = local._loop
+            if local._set_called if loop is None else loop.is_closed():
+                local._loop, local._set_called = None, False
+
+
 class CoroutineRunner:
     """Runs coroutines to their end on one loop, so that what user code keeps on it stays usable."""
 

@@ -18,7 +18,7 @@ from durable.app import Durable
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.runtime import reporting, soft_limit
-from durable.runtime.coroutines import CoroutineRunner
+from durable.runtime.coroutines import CoroutineRunner, CurrentLoop
 from durable.runtime.failures import failed, log_failure, name_of
 from durable.runtime.machine_step import MachineRunner
 from durable.runtime.step_transaction import Begin, StepAgain
@@ -73,6 +73,7 @@ class Executor:
         """Seconds after which a step is killed, of the definitions that have such a limit."""
         undisturbed = begin and partial(limits.beginning, begin)
         self._variables = copy_context()
+        self._current_loop = CurrentLoop()
         self.tasks = TaskRunner(app, coroutines, undisturbed, limits.within)
         self.machines = MachineRunner(app, coroutines, undisturbed, limits.within)
 
@@ -86,7 +87,10 @@ class Executor:
         Raises StepAgain when the step did not happen, through no fault of its own, and is to be run again.
         """
         run = self._watched if reporting.are_steps_watched() else self._execute
-        return self._variables.copy().run(run, claimed)
+        try:
+            return self._variables.copy().run(run, claimed)
+        finally:
+            self._current_loop.mend()
 
     def _watched(self, claimed: Claimed) -> Commit:
         watched = reporting.WatchedStep(claimed)

@@ -8,6 +8,7 @@ processes of each pool that neighbours and the process are unharmed.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -258,6 +259,64 @@ def test_a_machine_is_charged_once(bench: Bench, place: str, is_async: bool, mon
             wrapped = place == "state" and isinstance(kind(), Exception)
             assert error_of(commit)["type"] == ("ValidationError" if wrapped else name)
         bench.check_neighbours()
+
+
+variable: contextvars.ContextVar[str | None] = contextvars.ContextVar("variable", default=None)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_hooks_share_the_context_of_their_step(bench: Bench, is_async: bool) -> None:
+    seen: list[str | None] = []
+
+    class Hooked(Task[Any, Any]):
+        def before_start(self, *_: Any) -> None:
+            seen.append(variable.get())
+            variable.set("before")
+
+        def on_success(self, *_: Any) -> None:
+            seen.append(variable.get())
+
+    def body() -> None:
+        seen.append(variable.get())
+        variable.set("step")
+
+    async def coroutine() -> None:
+        body()
+
+    bench.app.task(name="t", base=Hooked)(coroutine if is_async else body)
+    for _ in range(2):
+        bench.run("t")
+    assert seen == [None, "before", "step"] * 2
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_handle_shares_the_context_of_its_step(bench: Bench, is_async: bool) -> None:
+    seen: list[str | None] = []
+
+    def fails() -> None:
+        seen.append(variable.get())
+        variable.set("step")
+        raise ValueError
+
+    class Base(Machine):
+        def handle(self, error: BaseException, ctx: Any) -> Any:
+            seen.append(variable.get())
+            return Done()
+
+    class Plain(Base):
+        @step
+        def go(self, ctx: Any) -> Any:
+            fails()
+
+    class Coroutine(Base):
+        @step
+        async def go(self, ctx: Any) -> Any:
+            fails()
+
+    bench.app.machine(name="m")(Coroutine if is_async else Plain)
+    for _ in range(2):
+        bench.run("m", step="go")
+    assert seen == [None, "step"] * 2
 
 
 @pytest.mark.parametrize("where", ["filter", "handler"])

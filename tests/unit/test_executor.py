@@ -394,6 +394,33 @@ def test_the_fence_of_the_claim_goes_with_the_outcome(bench: Bench) -> None:
     assert Commit(claim(), "scheduled").keeps_row
 
 
+def closes_its_loop() -> None:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.mark.parametrize("before", [closes_its_loop, lambda: asyncio.run(asyncio.sleep(0))], ids=["closes", "run"])
+@pytest.mark.filterwarnings("ignore:There is no current event loop:DeprecationWarning")
+def test_a_plain_step_can_get_an_event_loop(bench: Bench, before: Callable[[], None]) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def after() -> int:
+        loops.append(asyncio.get_event_loop())
+        return loops[-1].run_until_complete(asyncio.sleep(0, 5))
+
+    assert bench.run(before).status == "done"
+    try:
+        assert bench.result(bench.run(after)) == 5
+        assert bench.result(bench.run(after)) == 5
+        assert loops[0] is loops[1]
+    finally:
+        asyncio.set_event_loop(None)
+        for loop in loops:
+            loop.close()
+
+
 def test_a_kept_task_is_cancelled_when_the_slot_ends(bench: Bench) -> None:
     ended: list[str] = []
 
