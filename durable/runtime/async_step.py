@@ -202,6 +202,8 @@ class AsyncExecutor:
         within = call if seconds is None else lambda: awithin(call(), seconds)
         execution.task = asyncio.Task(contained(within), loop=asyncio.get_running_loop(), context=execution.variables)
         try:
+            value, error = await execution.task
+        except asyncio.CancelledError:  # by a step that cancels every task of the loop: the user's has its own
             value, error = await outlast(execution.task)
         finally:
             execution.task = None
