@@ -83,6 +83,11 @@ TASKS = """
         await asyncio.sleep(0.02)
         return [variable.get(), os.getpid()]
 
+    @app.task(name="cancels", max_attempts=1)
+    async def cancels():
+        for task in asyncio.all_tasks(): task.cancel()
+        await asyncio.sleep(0)
+
     @app.machine(name="built")
     class Built(Machine):
         @dataclass
@@ -137,3 +142,18 @@ def test_no_exit_reaches_a_neighbour(
     assert {value for value, _ in answers} == {None}, "a context variable leaked"
     assert len({pid for _, pid in answers}) == 1, worker.output()
     assert "exited with" not in worker.output()
+
+
+@pytest.mark.parametrize("pool", ["threads", "asyncio"])
+def test_cancelling_every_task_spares_the_loop(
+    app: Durable, tasks_module: Callable[[str], Path], durable_worker: START, pool: str
+) -> None:
+    tasks_module(TASKS)
+    cancels, areads = (app.task(name=name)(lambda: None) for name in ("cancels", "areads"))
+    worker = durable_worker("worker", "-P", pool, "-c", "4")
+    before = areads.delay().get(timeout=30)
+    for _ in range(3):
+        result = cancels.delay()
+        result.get(timeout=30, propagate=False)
+        assert (result.status, result.error.error_type) == ("failed", "CancelledError")
+    assert areads.delay().get(timeout=30) == before, worker.output()
