@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from functools import cached_property, partial
 from typing import Any, TypeVar
-
-import psycopg
 
 from durable import dsn as dsn_module
 from durable import validation
@@ -36,7 +35,7 @@ from durable.signatures import Signature
 from durable.sql import Statements
 from durable.storage import instances, migrations
 from durable.storage.pool import ProducerPool
-from durable.storage.session import Operation, Row, arun, run, run_repeatedly
+from durable.storage.session import Operation, Row, arun, connect, run, run_repeatedly
 from durable.task import Task
 from durable.wakeups import Wakeups
 from durable.writer import Writer
@@ -89,14 +88,16 @@ class Durable(Registry, QueueControl):
         kwargs: Mapping[str, Any] | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """Insert an instance of a task or machine, or of the one of that name; options as in `InsertOptions`.
 
+        timeout      seconds that the call may take in all, connecting included; else the setting `call_timeout`
         state, step  of a machine: its state instead of `kwargs` to build it from, and the step to start with
         """
         new = self._resolve(target).new(args, kwargs, **options)
-        return self._submit(new, connection, notify_in_transaction)
+        return self._submit(new, connection, notify_in_transaction, timeout)
 
     async def ainsert(
         self,
@@ -106,11 +107,12 @@ class Durable(Registry, QueueControl):
         kwargs: Mapping[str, Any] | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """`insert` for coroutines."""
         new = self._resolve(target).new(args, kwargs, **options)
-        return await self._asubmit(new, connection, notify_in_transaction)
+        return await self._asubmit(new, connection, notify_in_transaction, timeout)
 
     def insert_many(
         self,
@@ -118,6 +120,7 @@ class Durable(Registry, QueueControl):
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[AsyncResult[Any]]:
         """Insert many instances in few statements and one transaction: `[(task, {"args": (1,)}), ...]`.
 
@@ -127,7 +130,7 @@ class Durable(Registry, QueueControl):
         rows = prepare_many(self.prepare, targets)
         if self.conf.task_always_eager:
             return [Eager(self).run(row) for row in rows]
-        ids = self.insert_rows(rows, connection, notify_in_transaction)
+        ids = self.insert_rows(rows, connection, notify_in_transaction, timeout)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     async def ainsert_many(
@@ -136,12 +139,13 @@ class Durable(Registry, QueueControl):
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[AsyncResult[Any]]:
         """`insert_many` for coroutines."""
         rows = prepare_many(self.prepare, targets)
         if self.conf.task_always_eager:
             return [Eager(self).run(row) for row in rows]
-        ids = await self.ainsert_rows(rows, connection, notify_in_transaction)
+        ids = await self.ainsert_rows(rows, connection, notify_in_transaction, timeout)
         return [AsyncResult(instance_id, self) for instance_id in ids if instance_id is not None]
 
     def batch(self, *, connection: Any = None) -> Batch:
@@ -160,14 +164,16 @@ class Durable(Registry, QueueControl):
         dedup_key: str | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> bool:
         """Put a message into the inbox of a live instance, by id or by correlation key.
 
         Returns True, or False for a redelivery: its `dedup_key` was delivered to that instance before.
+        timeout  seconds that the call may take in all, connecting included; else the setting `call_timeout`
         Raises NoTargetError when nothing live is there, PayloadError, ValidationError; nothing is written then.
         """
         batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
-        delivery = self._writer.write(delivering(batch, self.wakeups), connection, notify_in_transaction)
+        delivery = self._writer.write(delivering(batch, self.wakeups, timeout), connection, notify_in_transaction)
         return accepted(delivery.stored, batch)
 
     async def asignal(
@@ -179,45 +185,69 @@ class Durable(Registry, QueueControl):
         dedup_key: str | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> bool:
         """`signal` for coroutines."""
         batch = [new_signal(self.codec.encode, target, name, payload, dedup_key)]
-        write = delivering(batch, self.wakeups)
+        write = delivering(batch, self.wakeups, timeout)
         return accepted((await self._writer.awrite(write, connection, notify_in_transaction)).stored, batch)
 
     def signal_many(
-        self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[bool | None]:
         """Deliver many signals in few statements and one transaction: `[{"target": 1, "name": "paid"}, ...]`.
 
         Returns for each True (new), False (a duplicate of its dedup key) or None (nothing live there).
         """
-        write = delivering(new_signals(self.codec.encode, messages), self.wakeups)
+        write = delivering(new_signals(self.codec.encode, messages), self.wakeups, timeout)
         return self._writer.write(write, connection, notify_in_transaction).stored
 
     async def asignal_many(
-        self, messages: Iterable[Mapping[str, Any]], *, connection: Any = None, notify_in_transaction: bool = True
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[bool | None]:
         """`signal_many` for coroutines."""
-        write = delivering(new_signals(self.codec.encode, messages), self.wakeups)
+        write = delivering(new_signals(self.codec.encode, messages), self.wakeups, timeout)
         return (await self._writer.awrite(write, connection, notify_in_transaction)).stored
 
     def cancel(
-        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+        self,
+        target: int | str,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
     ) -> bool:
         """Cancel an instance by id or correlation key; False when it is finished already or unknown.
 
         A waiting or parked one ends `cancelled` at once; an executing one when its step ends, whatever that returns.
         cascade    its children and theirs too, also those that outlived it; then False says that none of them was live
         terminate  the worker process that runs the step is killed for it
+        timeout    seconds that the call may take in all, connecting included; else the setting `call_timeout`
         """
-        return self._control.cancel(target, reason, cascade, terminate)
+        return self._control.cancel(target, reason, cascade, terminate, timeout)
 
     async def acancel(
-        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+        self,
+        target: int | str,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
     ) -> bool:
         """`cancel` for coroutines."""
-        return await self._control.acancel(target, reason, cascade, terminate)
+        return await self._control.acancel(target, reason, cascade, terminate, timeout)
 
     def retry(self, instance_id: int) -> bool:
         """Have a failed instance go on from its failed step, under the same id; False when it is not failed.
@@ -237,7 +267,7 @@ class Durable(Registry, QueueControl):
 
     def migrate(self) -> list[str]:
         """Create or upgrade the schema and return the names of the migrations applied."""
-        with self._pool.connection() as connection:
+        with self._pool.connection(timeout=migrations.LONGEST_STATEMENT) as connection:
             applied = migrations.migrate(connection, self.schema)
             run_repeatedly(connection, self.sql, lambda: self.limit_rows.declare())
         return [migration.name for migration in applied]
@@ -310,7 +340,7 @@ class Durable(Registry, QueueControl):
         dsn = self.database.dsn()
         if self.database.embedded and not self.embedded_schema_made:
             # Whoever asks meanwhile migrates too, one after the other: nobody goes on before the tables are there.
-            with psycopg.connect(dsn, autocommit=True) as connection:
+            with closing(connect(dsn, f"durable {self.name} migrate")) as connection:
                 migrations.migrate(connection, self.schema)
             self.embedded_schema_made = True
         return dsn
@@ -323,7 +353,13 @@ class Durable(Registry, QueueControl):
     @cached_property
     def _pool(self) -> ProducerPool:
         return ProducerPool(
-            self.dsn, self.schema, self.name, self.conf.pool_size, self.conf.connect_timeout, pooler=self.conf.pooler
+            self.dsn,
+            self.schema,
+            self.name,
+            self.conf.pool_size,
+            self.conf.connect_timeout,
+            self.conf.call_timeout,
+            pooler=self.conf.pooler,
         )
 
     @cached_property
@@ -368,33 +404,45 @@ class Durable(Registry, QueueControl):
             return self.find_task(target)
         raise ValidationError(f"a target is a task, a machine or the name of one, got {validation.shown(target)}")
 
-    def _submit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
+    def _submit(
+        self, new: NewInstance, connection: Any, notify_in_transaction: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]:
         if self.conf.task_always_eager:
             return Eager(self).run(new)
         batch = collecting(self) if connection is None else None
         if batch is not None:
-            return batch.add(new)
-        return AsyncResult(self._inserter.insert(new, connection, notify_in_transaction), self)
+            return batch.add(new, timeout)
+        return AsyncResult(self._inserter.insert(new, connection, notify_in_transaction, timeout), self)
 
-    async def _asubmit(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]:
+    async def _asubmit(
+        self, new: NewInstance, connection: Any, notify_in_transaction: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]:
         if self.conf.task_always_eager:
             return Eager(self).run(new)
         batch = collecting(self) if connection is None else None
         if batch is not None:
-            return batch.add(new)
-        return AsyncResult(await self._inserter.ainsert(new, connection, notify_in_transaction), self)
+            return batch.add(new, timeout)
+        return AsyncResult(await self._inserter.ainsert(new, connection, notify_in_transaction, timeout), self)
 
     def insert_rows(
-        self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
+        self,
+        batch: Sequence[NewInstance],
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[int | None]:
         """Insert prepared rows in one transaction; return an id per row, None where the key was occupied."""
-        return self._inserter.insert_many(batch, connection, notify_in_transaction)
+        return self._inserter.insert_many(batch, connection, notify_in_transaction, timeout)
 
     async def ainsert_rows(
-        self, batch: Sequence[NewInstance], connection: Any = None, notify_in_transaction: bool = True
+        self,
+        batch: Sequence[NewInstance],
+        connection: Any = None,
+        notify_in_transaction: bool = True,
+        timeout: float | None = None,
     ) -> list[int | None]:
         """`insert_rows` for coroutines."""
-        return await self._inserter.ainsert_many(batch, connection, notify_in_transaction)
+        return await self._inserter.ainsert_many(batch, connection, notify_in_transaction, timeout)
 
     def __repr__(self) -> str:
         return f"<Durable {self.name!r}, schema {self.schema!r}, {len(self.tasks)} tasks>"

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol, cast
 
-from durable.errors import DuplicateError
+from durable.errors import DuplicateError, ValidationError
 from durable.instance import NewInstance
 from durable.result import AsyncResult, ResultSource
 
@@ -41,8 +41,13 @@ class Batch:
         self._results: list[AsyncResult[Any]] = []
         self._outer: Batch | None = None
 
-    def add(self, new: NewInstance) -> AsyncResult[Any]:
-        """Take one in and return the result that gets its id later."""
+    def add(self, new: NewInstance, timeout: float | None = None) -> AsyncResult[Any]:
+        """Take one in and return the result that gets its id later. Raises ValidationError for its own `timeout`."""
+        if timeout is not None:
+            raise ValidationError(
+                f"timeout={timeout!r} does not work inside app.batch(), whose rows are written when it ends; use "
+                "insert_many(..., timeout=...), or the setting call_timeout"
+            )
         result: AsyncResult[Any] = AsyncResult(None, self.app)
         self._rows.append(new)
         self._results.append(result)

@@ -25,13 +25,17 @@ class Control:
         self._writer = writer
         self._wakeups = wakeups
 
-    def cancel(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> bool:
+    def cancel(
+        self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None = None
+    ) -> bool:
         """Return whether there was anything to cancel."""
-        return self._writer.write(self._cancelling(target, reason, cascade, terminate)).found
+        return self._writer.write(self._cancelling(target, reason, cascade, terminate, timeout)).found
 
-    async def acancel(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> bool:
+    async def acancel(
+        self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None = None
+    ) -> bool:
         """`cancel` for coroutines."""
-        return (await self._writer.awrite(self._cancelling(target, reason, cascade, terminate))).found
+        return (await self._writer.awrite(self._cancelling(target, reason, cascade, terminate, timeout))).found
 
     def retry(self, instance_id: int) -> bool:
         """Return whether it was failed. Raises DuplicateError."""
@@ -77,7 +81,9 @@ class Control:
     def _ordering(self, operation: Callable[[], Operation[bool]]) -> Write[bool]:
         return Write(operation, lambda _: self._wakeups.orders(), lambda _: (), atomic=False)
 
-    def _cancelling(self, target: int | str, reason: str | None, cascade: bool, terminate: bool) -> Write[Cancelled]:
+    def _cancelling(
+        self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None
+    ) -> Write[Cancelled]:
         text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
         operation: Callable[[], Operation[Cancelled]]
         if isinstance(target, str):
@@ -89,7 +95,7 @@ class Control:
             killing = self._wakeups.terminations() if terminate and done.running else []
             return [*self._wakeups.became_ready(done.woken), *killing]
 
-        return Write(operation, wakeups, lambda _: ())
+        return Write(operation, wakeups, lambda _: (), timeout=validation.call_timeout(timeout))
 
     def _retrying(self, instance_id: int) -> Write[dict[str, int] | None]:
         operation = partial(instances.retry_failed, validation.instance_id(instance_id))
@@ -107,13 +113,14 @@ def _asking_rival(instance_id: int) -> Write[tuple[str, int | None]]:
     return Write(lambda: instances.rival(instance_id), lambda _: (), lambda _: (), atomic=False)
 
 
-def delivering(batch: list[NewSignal], wakeups: Wakeups) -> Write[signals.Delivery]:
+def delivering(batch: list[NewSignal], wakeups: Wakeups, timeout: float | None = None) -> Write[signals.Delivery]:
     """Return the write of signals to instances."""
     return Write(
         lambda: signals.deliver(batch),
         lambda done: wakeups.became_ready(done.ready),
         lambda done: wakeups.any_queue() if done.ready else (),
         atomic=signals.may_repeat(batch),
+        timeout=validation.call_timeout(timeout),
     )
 
 

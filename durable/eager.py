@@ -70,7 +70,7 @@ class EagerResult(AsyncResult[Any]):
         """False: it has had its attempts."""
         return False
 
-    def signal(self, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool:
+    def signal(self, name: str, payload: Any = None, **_: Any) -> bool:
         """Raise NoTargetError: it is finished."""
         raise NoTargetError(f"instance {self.id} ran eagerly and is finished: it takes no signal")
 

@@ -8,6 +8,7 @@ derive from it, so that `except DurableError` in user code cannot eat it.
 from __future__ import annotations
 
 __all__ = [
+    "CallTimeoutError",
     "ConfigError",
     "ConnectionUsageError",
     "CorruptRowError",
@@ -48,6 +49,10 @@ class EmbeddedServerError(DurableError):
 
 class DatabaseUnavailableError(DurableError):
     """Postgres can't be reached, refused us, or went away during the call."""
+
+
+class CallTimeoutError(DatabaseUnavailableError, TimeoutError):
+    """Postgres did not answer within the call's `timeout` or the setting `call_timeout`: what it wrote is unknown."""
 
 
 class SchemaError(DurableError):

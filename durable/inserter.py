@@ -10,6 +10,7 @@ from durable.errors import UnknownTaskError, ValidationError
 from durable.instance import NewInstance
 from durable.limit_rows import LimitRows
 from durable.storage import instances
+from durable.validation import call_timeout
 from durable.wakeups import Wakeups
 from durable.writer import Write, Writer
 
@@ -25,47 +26,53 @@ class Inserter:
         self._wakeups = wakeups
         self._decode = decode
 
-    def insert(self, new: NewInstance, connection: Any, notify: bool) -> int:
+    def insert(self, new: NewInstance, connection: Any, notify: bool, timeout: float | None = None) -> int:
         """Insert one row; return its id."""
         self._before((new,))
-        instance_id = self._writer.write(self._one(new), connection, notify)
+        instance_id = self._writer.write(self._one(new, timeout), connection, notify)
         self._after((new,), (instance_id,))
         return instance_id
 
-    async def ainsert(self, new: NewInstance, connection: Any, notify: bool) -> int:
+    async def ainsert(self, new: NewInstance, connection: Any, notify: bool, timeout: float | None = None) -> int:
         """`insert` for coroutines."""
         self._before((new,))
-        instance_id = await self._writer.awrite(self._one(new), connection, notify)
+        instance_id = await self._writer.awrite(self._one(new, timeout), connection, notify)
         self._after((new,), (instance_id,))
         return instance_id
 
-    def insert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
+    def insert_many(
+        self, batch: Sequence[NewInstance], connection: Any, notify: bool, timeout: float | None = None
+    ) -> list[int | None]:
         """Insert rows in one transaction; return an id per row, None where the key was occupied."""
         self._before(batch)
-        ids = self._writer.write(self._many(batch), connection, notify) if batch else []
+        ids = self._writer.write(self._many(batch, timeout), connection, notify) if batch else []
         self._after(batch, ids)
         return ids
 
-    async def ainsert_many(self, batch: Sequence[NewInstance], connection: Any, notify: bool) -> list[int | None]:
+    async def ainsert_many(
+        self, batch: Sequence[NewInstance], connection: Any, notify: bool, timeout: float | None = None
+    ) -> list[int | None]:
         """`insert_many` for coroutines."""
         self._before(batch)
-        ids = await self._writer.awrite(self._many(batch), connection, notify) if batch else []
+        ids = await self._writer.awrite(self._many(batch, timeout), connection, notify) if batch else []
         self._after(batch, ids)
         return ids
 
-    def _one(self, new: NewInstance) -> Write[int]:
+    def _one(self, new: NewInstance, timeout: float | None) -> Write[int]:
         return Write(
             lambda: self._limits.before((new,), instances.insert(new)),
             lambda _: self._wakeups.after_insert((new,)),
             lambda _: self._wakeups.in_transaction((new,)),
             atomic=False,
+            timeout=call_timeout(timeout),
         )
 
-    def _many(self, batch: Sequence[NewInstance]) -> Write[list[int | None]]:
+    def _many(self, batch: Sequence[NewInstance], timeout: float | None) -> Write[list[int | None]]:
         return Write(
             lambda: self._limits.before(batch, instances.insert_many(batch)),
             lambda _: self._wakeups.after_insert(batch),
             lambda _: self._wakeups.in_transaction(batch),
+            timeout=call_timeout(timeout),
         )
 
     def _before(self, batch: Sequence[NewInstance]) -> None:

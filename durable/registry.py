@@ -254,13 +254,17 @@ class Registry(Surroundings, PeriodicWork):
         """Return the checked row that runs a signature."""
         return canvas.row(self.find_task, signature, options)
 
-    def start(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+    def start(
+        self, signature: Signature, connection: Any, notify: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]:
         """Insert what runs a signature."""
-        return self._task_functions[1](self.row(signature, {}), connection, notify)
+        return self._task_functions[1](self.row(signature, {}), connection, notify, timeout)
 
-    async def astart(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]:
+    async def astart(
+        self, signature: Signature, connection: Any, notify: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]:
         """`start` for coroutines."""
-        return await self._task_functions[2](self.row(signature, {}), connection, notify)
+        return await self._task_functions[2](self.row(signature, {}), connection, notify, timeout)
 
     def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a task's function here and now."""

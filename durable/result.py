@@ -57,14 +57,34 @@ class ResultSource(Protocol):
     def stop_waiting(self, instance_id: int, waiter: Future[Snapshot]) -> None: ...
     def decode_result(self, snapshot: Snapshot) -> Any: ...
     def cancel(
-        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+        self,
+        target: int | str,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
     ) -> bool: ...
     async def acancel(
-        self, target: int | str, reason: str | None = None, *, cascade: bool = False, terminate: bool = False
+        self,
+        target: int | str,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
     ) -> bool: ...
     def retry(self, instance_id: int) -> bool: ...
     async def aretry(self, instance_id: int) -> bool: ...
-    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool: ...
+    def signal(
+        self,
+        target: int | str,
+        name: str,
+        payload: Any = None,
+        *,
+        dedup_key: str | None = None,
+        timeout: float | None = None,
+    ) -> bool: ...
     def children_of(self, instance_id: int) -> Children: ...
 
 
@@ -198,13 +218,27 @@ class AsyncResult(Generic[R]):
         snapshot = self._final or self._keep(await self._source.afetch(self.id))
         return "not_found" if snapshot is None else snapshot.status
 
-    def cancel(self, reason: str | None = None, *, cascade: bool = False, terminate: bool = False) -> bool:
+    def cancel(
+        self,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
+    ) -> bool:
         """Cancel it, as `app.cancel` does. False when it is finished already."""
-        return self._source.cancel(self.id, reason, cascade=cascade, terminate=terminate)
+        return self._source.cancel(self.id, reason, cascade=cascade, terminate=terminate, timeout=timeout)
 
-    async def acancel(self, reason: str | None = None, *, cascade: bool = False, terminate: bool = False) -> bool:
+    async def acancel(
+        self,
+        reason: str | None = None,
+        *,
+        cascade: bool = False,
+        terminate: bool = False,
+        timeout: float | None = None,
+    ) -> bool:
         """`cancel` for coroutines."""
-        return await self._source.acancel(self.id, reason, cascade=cascade, terminate=terminate)
+        return await self._source.acancel(self.id, reason, cascade=cascade, terminate=terminate, timeout=timeout)
 
     def retry(self) -> bool:
         """Have it go on from its failed step; as `app.retry`. This handle then follows the new run."""
@@ -219,9 +253,11 @@ class AsyncResult(Generic[R]):
             self._final = None
         return retried
 
-    def signal(self, name: str, payload: Any = None, *, dedup_key: str | None = None) -> bool:
+    def signal(
+        self, name: str, payload: Any = None, *, dedup_key: str | None = None, timeout: float | None = None
+    ) -> bool:
         """Put a message into its inbox; as `app.signal`."""
-        return self._source.signal(self.id, name, payload, dedup_key=dedup_key)
+        return self._source.signal(self.id, name, payload, dedup_key=dedup_key, timeout=timeout)
 
     @property
     def children(self) -> Children:

@@ -45,8 +45,12 @@ class Home(Protocol):
     """What a signature needs of the app."""
 
     def row(self, signature: Signature, options: Mapping[str, Any]) -> NewInstance: ...
-    def start(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]: ...
-    async def astart(self, signature: Signature, connection: Any, notify: bool) -> AsyncResult[Any]: ...
+    def start(
+        self, signature: Signature, connection: Any, notify: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]: ...
+    async def astart(
+        self, signature: Signature, connection: Any, notify: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]: ...
     def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
 
 
@@ -99,6 +103,7 @@ class Signature(dict[str, Any]):
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """Enqueue it, the arguments added as `clone` does; return the handle on the whole.
@@ -106,7 +111,8 @@ class Signature(dict[str, Any]):
         Raises UnknownTaskError for any task in it that is not registered, TypeError for arguments that don't fit one,
         and what `task.apply_async` raises; nothing is written then.
         """
-        return self._at_home().start(self.clone(args, kwargs, **options), connection, notify_in_transaction)
+        whole = self.clone(args, kwargs, **options)
+        return self._at_home().start(whole, connection, notify_in_transaction, timeout)
 
     async def aapply_async(
         self,
@@ -115,10 +121,12 @@ class Signature(dict[str, Any]):
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """`apply_async` for coroutines."""
-        return await self._at_home().astart(self.clone(args, kwargs, **options), connection, notify_in_transaction)
+        whole = self.clone(args, kwargs, **options)
+        return await self._at_home().astart(whole, connection, notify_in_transaction, timeout)
 
     def delay(self, *args: Any, **kwargs: Any) -> AsyncResult[Any]:
         """`apply_async` with arguments only."""

@@ -33,14 +33,16 @@ MAPS = ("durable.map", "durable.amap")
 class Submit(Protocol):
     """Inserts an instance now, or collects it in the running batch; `connection` is the caller's."""
 
-    def __call__(self, new: NewInstance, connection: Any, notify_in_transaction: bool) -> AsyncResult[Any]: ...
+    def __call__(
+        self, new: NewInstance, connection: Any, notify_in_transaction: bool, timeout: float | None = None
+    ) -> AsyncResult[Any]: ...
 
 
 class ASubmit(Protocol):
     """`Submit` for coroutines."""
 
     def __call__(
-        self, new: NewInstance, connection: Any, notify_in_transaction: bool
+        self, new: NewInstance, connection: Any, notify_in_transaction: bool, timeout: float | None = None
     ) -> Awaitable[AsyncResult[Any]]: ...
 
 
@@ -173,6 +175,7 @@ class Task(Generic[P, R]):
         weight: int | None = None,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         **unknown: Never,
     ) -> AsyncResult[R]:
         """Enqueue a run with options.
@@ -190,6 +193,7 @@ class Task(Generic[P, R]):
                             transaction commits
         notify_in_transaction  whether a transaction without an after-commit hook wakes workers itself (a poll finds the
                             row otherwise)
+        timeout             seconds that the call may take in all, connecting included; else the app's `call_timeout`
         Raises ValidationError and what `delay` raises; DuplicateError when the key is occupied.
         """
         new = self.new(
@@ -209,7 +213,7 @@ class Task(Generic[P, R]):
             weight=weight,
             **unknown,
         )
-        return self._submit(new, connection, notify_in_transaction)
+        return self._submit(new, connection, notify_in_transaction, timeout)
 
     async def aapply_async(
         self,
@@ -218,13 +222,14 @@ class Task(Generic[P, R]):
         *,
         connection: Any = None,
         notify_in_transaction: bool = True,
+        timeout: float | None = None,
         countdown: float | None = None,
         eta: datetime | None = None,
         **options: Any,
     ) -> AsyncResult[R]:
         """`apply_async` for coroutines; `connection` is then psycopg's or SQLAlchemy's async one."""
         new = self.new(args, kwargs or {}, schedule_in=countdown, schedule_at=eta, **options)
-        return await self._asubmit(new, connection, notify_in_transaction)
+        return await self._asubmit(new, connection, notify_in_transaction, timeout)
 
     # For base classes: called in the worker around a step, before its outcome is committed; their errors are logged
 

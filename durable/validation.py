@@ -144,6 +144,16 @@ def instance_id(value: Any) -> int:
     return value
 
 
+def call_timeout(value: Any) -> float | None:
+    """Accept the time that a call to the database may take: None (the setting `call_timeout`) or seconds above 0."""
+    if value is None:
+        return None
+    allowed = seconds(value, "timeout")
+    if allowed == 0:
+        raise ValidationError("timeout must be more than 0 seconds, got 0; leave it out for the app's call_timeout")
+    return allowed
+
+
 def timeout(value: Any) -> float | None:
     """Accept a time to wait: None (for ever) or seconds from 0."""
     return None if value is None else seconds(value, "timeout")

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import psycopg
 
 from durable.callers import aaccept, accept
+from durable.errors import ValidationError
 from durable.sql import Statements
 from durable.storage.pool import ProducerPool
 from durable.storage.session import ATTEMPTS, UNDONE, Operation, arun, pause_before_repeat, run, translated
@@ -39,12 +40,14 @@ class Write(Generic[T]):
     wakeups    from what the operation returned: the notifications to send after a commit
     inside     likewise: those that a caller's transaction carries
     atomic     whether it is more than one statement
+    timeout    seconds that it may take in all, connecting included; None: the app's `call_timeout`
     """
 
     operation: Callable[[], Operation[T]]
     wakeups: Callable[[T], Sequence[Operation[Any]]]
     inside: Callable[[T], Sequence[Operation[Any]]]
     atomic: bool = True
+    timeout: float | None = None
 
 
 class Writer:
@@ -60,7 +63,7 @@ class Writer:
         Raises ConnectionUsageError, DatabaseUnavailableError, SchemaError, and what the operation raises.
         """
         if connection is None:
-            with self._pool.connection() as own:
+            with self._pool.connection(timeout=write.timeout) as own:
                 inside = own.info.transaction_status != _IDLE  # a borrowed one: an error must not end its transaction
                 for left in reversed(range(ATTEMPTS)):
                     try:
@@ -79,7 +82,8 @@ class Writer:
                         raise
                     log.warning(_NOT_NOTIFIED, exc_info=True)  # it is committed: an error would have it done twice
             return value
-        with translated(self._sql.schema):
+        _refuse_timeout(write)
+        with translated(self._sql.schema, callers=True):
             caller = accept(connection)
             theirs = caller.connection
             with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
@@ -102,7 +106,7 @@ class Writer:
         if connection is None:
             if self._pool.borrowed is not None:
                 return self.write(write)
-            async with self._pool.aconnection() as own:
+            async with self._pool.aconnection(timeout=write.timeout) as own:
                 for left in reversed(range(ATTEMPTS)):
                     try:
                         async with own.transaction() if write.atomic else nullcontext():
@@ -118,7 +122,8 @@ class Writer:
                 except psycopg.Error:
                     log.warning(_NOT_NOTIFIED, exc_info=True)
             return value
-        with translated(self._sql.schema):
+        _refuse_timeout(write)
+        with translated(self._sql.schema, callers=True):
             caller = await aaccept(connection)
             theirs = caller.connection
             async with theirs.transaction() if write.atomic and theirs.autocommit else nullcontext():
@@ -162,3 +167,11 @@ class Writer:
                         run(own, self._sql, wakeup)
             except Exception:
                 log.exception(_NOT_NOTIFIED)
+
+
+def _refuse_timeout(write: Write[Any]) -> None:
+    if write.timeout is not None:
+        raise ValidationError(
+            f"timeout={write.timeout:g} is for connections of the app; with connection= the statement_timeout and the "
+            "network settings of that connection decide"
+        )

@@ -21,11 +21,10 @@ ERROR, WARNING = "error", "warning"
 SHORT = 1.0
 """Seconds that a statement or a transaction of ours may take on a busy server, or wait for a lock."""
 _TIMEOUTS = {
-    "statement_timeout": "a statement may take longer: a commit of up to {batch} outcomes, a claim, a heartbeat",
-    "lock_timeout": "a commit waits longer for rows that a migration or a VACUUM FULL holds",
-    "transaction_timeout": "a commit of up to {batch} outcomes may take longer, as does a step with ctx.connection",
-    "idle_in_transaction_session_timeout": "a step with ctx.connection is in a transaction for all of its time, "
-    "and a commit between its statements (flush_delay is {delay:g} s)",
+    "statement_timeout": "a statement of a step on ctx.connection may take longer",
+    "lock_timeout": "the outcome of a step with ctx.connection may wait longer for rows that a migration holds",
+    "transaction_timeout": "a step with ctx.connection is in a transaction for all of its time",
+    "idle_in_transaction_session_timeout": "a step with ctx.connection is in a transaction for all of its time",
 }
 
 

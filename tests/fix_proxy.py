@@ -106,6 +106,7 @@ class CountingProxy:
                         with self._lock:
                             self._counted += 1
                     started, pending = True, pending[length:]
+            _end(upstream)  # else the thread that reads it waits on, and keeps the session
         with self._lock:
             self._live.discard(client)
             self._silent.discard(client)

@@ -31,6 +31,8 @@ from durable.wakeups import INTERVAL, due_channel
 log = logging.getLogger(__name__)
 
 PROMOTE_BATCH = 1000
+STOP_GRACE = 5.0
+"""Seconds that a beat that is told to stop waits for the database at most."""
 LOOK_AT_LEAST_EVERY = 5.0
 LOOK_AGAIN = INTERVAL + 0.005
 """Seconds after a notification at which rows are looked for whose own notification was saved."""
@@ -90,8 +92,9 @@ class Beat:
         signal.set_wakeup_fd(-1)
 
     def stop(self) -> None:
-        """End after the present turn; safe in a signal handler."""
+        """End after the present turn, and soon if the database does not answer; safe in a signal handler."""
         self._stopping = True
+        self._link.end_by(time.monotonic() + STOP_GRACE)
         self._bell.ring()
 
     def _after_error(self, error: psycopg.Error) -> None:

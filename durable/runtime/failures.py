@@ -52,6 +52,17 @@ def log_failure(log: logging.Logger, claimed: Claimed, error: BaseException) -> 
     )
 
 
+def in_ascii(error: str) -> str:
+    """Return the JSON of an error with every letter beyond ASCII as an escape, for a database that lacks the letter."""
+    parts: dict[str, Any] = json.loads(error)
+    return json.dumps(
+        {
+            name: part.encode("ascii", "backslashreplace").decode() if isinstance(part, str) else part
+            for name, part in parts.items()
+        }
+    )
+
+
 def error_json(error: BaseException) -> str:
     """Return an exception as the JSON that `instances.error` holds: type, message and traceback, all cut and clean."""
     message = message_of(error)

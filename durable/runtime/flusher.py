@@ -8,6 +8,7 @@
   of a parent's children where the parent's row is locked. The others commit: `lock_free` takes what is free. An outcome
   that waits for something else (a child's correlation key in an open transaction) is found by trying each alone.
   Both are in `Flushed.locked`; the engine offers them again (locked_outcomes.py).
+* An outcome whose error has letters that the database's encoding lacks is committed with escapes instead.
 * An outcome that can't be committed at all never fails its neighbours: the batch is halved until it stands alone,
   and then its instance fails with the database's reason.
 """
@@ -24,16 +25,22 @@ from psycopg import errors as pg_errors
 from durable.errors import OutcomeError
 from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
-from durable.runtime.failures import error_json
+from durable.runtime.failures import error_json, in_ascii
 from durable.runtime.link import LOCKED, Link, Stopped
 from durable.storage import claims, partitions
 from durable.storage.claims import Around, Commit, Flushed
-from durable.storage.session import advise, describe
+from durable.storage.session import TEXT_REFUSED, advise, describe
 
 log = logging.getLogger(__name__)
 
 # Errors of the outcome itself: the same statement would fail again, and only for the row that is wrong.
-_OUTCOME_ERRORS = (psycopg.DataError, psycopg.IntegrityError, pg_errors.ProgramLimitExceeded, psycopg.NotSupportedError)
+_OUTCOME_ERRORS = (
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    pg_errors.ProgramLimitExceeded,
+    pg_errors.StatementTooComplex,
+    psycopg.NotSupportedError,
+)
 
 ALONE_MOST = 0.5
 """Seconds in which outcomes are tried one by one; the rest of the batch is put aside untried, for a next turn."""
@@ -140,6 +147,9 @@ class Flusher:
             flushed.add(self._flush(worker, batch[middle:], around=around, resubmitted=resubmitted))
             return flushed
         (commit,) = batch
+        if commit.error is not None and error.sqlstate in TEXT_REFUSED and commit.error != in_ascii(commit.error):
+            commit.error = in_ascii(commit.error)
+            return self._flush(worker, batch, around=around, resubmitted=resubmitted)
         log.error(
             "an outcome can't be committed: %s",
             describe(error),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from durable.storage.pool import OWN_POOL
+from durable.storage.thread_pool import ThreadPool
 
 _DESCRIPTORS = "/dev/fd"
 
@@ -135,9 +135,13 @@ def _psycopg_pool(pool: Any, sockets: dict[int, str]) -> str | None:
         return None
     for connection in list(pool._pool):
         sockets.pop(_descriptor(connection), None)
-    if pool.name == OWN_POOL:  # a forked process forgets it
-        return None
     return f"a psycopg pool {pool.name!r}, whose threads are not forked"
+
+
+def _own_pool(pool: ThreadPool, sockets: dict[int, str]) -> None:
+    """Count a producer's connections as harmless: a forked process forgets them."""
+    for connection in pool.free():
+        sockets.pop(_descriptor(connection), None)
 
 
 def _redis_pool(pool: Any, sockets: dict[int, str]) -> str | None:
@@ -160,6 +164,7 @@ def _asyncpg(connection: Any, sockets: dict[int, str]) -> str | None:
 
 _KINDS: list[tuple[str, str, Callable[[Any, dict[int, str]], str | None]]] = [
     ("sqlalchemy.engine", "Engine", _engine),
+    ("durable.storage.thread_pool", "ThreadPool", _own_pool),
     ("psycopg_pool", "ConnectionPool", _psycopg_pool),
     ("psycopg_pool", "AsyncConnectionPool", _psycopg_pool),
     ("redis", "ConnectionPool", _redis_pool),

@@ -7,6 +7,7 @@ ends it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from datetime import datetime
 from typing import TypeVar
@@ -18,6 +19,7 @@ from durable.errors import DurableError
 from durable.runtime.backoff import Backoff
 from durable.sql import Statements
 from durable.storage import maintenance
+from durable.storage.bounded import BoundedConnection, hurry
 from durable.storage.session import PATIENCE, Connection, Operation, connect, describe, run, run_atomically
 
 T = TypeVar("T")
@@ -63,7 +65,8 @@ class Link:
         self._pause = pause
         self._patience = patience
         self._backoff = Backoff(most=most_wait)
-        self._connection: Connection | None = None
+        self._connection: BoundedConnection | None = None
+        self._deadline = math.inf
         self.connected_since: datetime | None = None
         """The database's clock when the present connection was made."""
 
@@ -94,7 +97,7 @@ class Link:
         except LOCKED:
             return self.run_atomically(operation_of(False)), False
 
-    def _open(self) -> Connection:
+    def _open(self) -> BoundedConnection:
         told = False
         while True:
             try:
@@ -105,6 +108,7 @@ class Link:
                     pooler=self._pooler,
                     patience=self._patience,
                     lock_timeout=LOCK_WAIT,
+                    deadline=self._deadline,
                 )
                 self.connected_since = run(connection, self.sql, maintenance.now())
             except (psycopg.Error, DurableError) as error:
@@ -118,6 +122,13 @@ class Link:
                 log.warning("%s: the database is back", self._name)
             self._backoff.reset()
             return connection
+
+    def end_by(self, deadline: float) -> None:
+        """Let every wait end by that `time.monotonic()`, the present one included; for a signal handler."""
+        self._deadline = deadline
+        hurry(deadline)
+        if self._connection is not None:
+            self._connection.deadline = deadline
 
     def drop(self) -> None:
         """Close the connection; the next use opens a new one."""

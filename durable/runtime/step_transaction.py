@@ -51,6 +51,8 @@ from durable.storage.step_connection import (
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+CANCEL_SECONDS = 2.0
+"""Seconds that the server is given to take a request to cancel a statement."""
 IDLE_SECONDS = 60.0
 """Seconds after which an unused step connection is closed."""
 _AGAIN = ("40001", "40P01", "53100")  # serialization failure, deadlock, disk full
@@ -75,48 +77,62 @@ class Lent(Protocol):
 
 
 class _Sync:
-    def __init__(self, connection: StepConnection) -> None:
+    """The step's own statements may take as long as they like; the runtime's have `patience`."""
+
+    def __init__(self, connection: StepConnection, patience: float) -> None:
         self.connection = connection
+        self._patience = patience
 
     def begin(self) -> None:
+        self.connection.patience = self._patience
         self.connection.row_factory = tuple_row
         self.connection.cursor_factory = psycopg.Cursor
         self.connection.wakeups = []
         self.connection.execute(BEGIN, prepare=False)
+        self.connection.patience = math.inf
 
     def run(self, sql: Statements, operation: Operation[T]) -> T:
+        self.connection.patience = self._patience
         return run(self.connection, sql, operation)
 
     def end(self) -> None:
+        self.connection.patience = self._patience
         self.connection.end()
 
     def undo(self) -> None:
+        self.connection.patience = self._patience
         self.connection.undo()
 
 
 class _Async:
     """`begin` is called while the step's loop runs, everything else when it does not."""
 
-    def __init__(self, connection: AsyncStepConnection, coroutines: CoroutineRunner) -> None:
+    def __init__(self, connection: AsyncStepConnection, coroutines: CoroutineRunner, patience: float) -> None:
         self.connection = connection
         self._coroutines = coroutines
+        self._patience = patience
 
     def begin(self) -> None:
+        self.connection.patience = self._patience
         self.connection.row_factory = tuple_row
         self.connection.cursor_factory = psycopg.AsyncCursor
         self.connection.wakeups = []
         run_beside(self._begin())
+        self.connection.patience = math.inf
 
     async def _begin(self) -> None:
         await self.connection.execute(BEGIN, prepare=False)
 
     def run(self, sql: Statements, operation: Operation[T]) -> T:
+        self.connection.patience = self._patience
         return self._coroutines.run(arun(self.connection, sql, operation))  # type: ignore[no-any-return]
 
     def end(self) -> None:
+        self.connection.patience = self._patience
         self._coroutines.run(self.connection.end())
 
     def undo(self) -> None:
+        self.connection.patience = self._patience
         self._coroutines.run(self.connection.undo())
 
 
@@ -146,6 +162,7 @@ class StepConnections:
         self.stopping = stopping
         self._pooler = app.conf.pooler
         self._timeout = app.conf.connect_timeout
+        self._patience = app.conf.worker_patience
         self._free = threading.BoundedSemaphore(app.conf.step_connections or most)
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Lent]] = []
@@ -208,7 +225,7 @@ class StepConnections:
 
     def plain(self) -> psycopg.Connection[Any]:
         """Return a new connection for the runtime's own questions. Raises psycopg.Error, DurableError."""
-        return connect(self._dsn(), self._name, pooler=self._pooler, timeout=self._timeout)
+        return connect(self._dsn(), self._name, pooler=self._pooler, timeout=self._timeout, patience=self._patience)
 
     def _take(self, kind: type[Any]) -> Lent | None:
         """Return an idle connection of that kind; one of the other kind makes room for a new one."""
@@ -223,16 +240,25 @@ class StepConnections:
 
     def _open(self, asynchronous: bool) -> Lent:
         if not asynchronous:
-            return _Sync(open_step_connection(self._dsn(), self._name, self._timeout, pooler=self._pooler))
-        opening = aopen_step_connection(self._dsn(), self._name, self._timeout, pooler=self._pooler)
-        return _Async(run_beside(opening), self._coroutines)
+            connection = open_step_connection(
+                self._dsn(), self._name, self._timeout, pooler=self._pooler, patience=self._patience
+            )
+            return _Sync(connection, self._patience)
+        opening = aopen_step_connection(
+            self._dsn(), self._name, self._timeout, pooler=self._pooler, patience=self._patience
+        )
+        return _Async(run_beside(opening), self._coroutines, self._patience)
 
     @staticmethod
     def _close(lent: Lent) -> None:
         # Without asking the loop of an async one, which may be running.
         if lent.connection.pgconn.transaction_status == _STATUS.ACTIVE:
             try:
-                lent.connection.cancel()  # else the statement, and its locks, would outlive the connection
+                # Else the statement, and its locks, would outlive the connection.
+                if isinstance(lent.connection, AsyncStepConnection):
+                    run_beside(lent.connection.cancel_safe(timeout=CANCEL_SECONDS))
+                else:
+                    lent.connection.cancel_safe(timeout=CANCEL_SECONDS)
             except psycopg.Error as error:
                 log.warning("a statement that a step left running could not be cancelled: %s", describe(error))
         lent.connection.pgconn.finish()

@@ -95,7 +95,8 @@ SELECT pg_backend_pid();
 
 -- name: settings_for_us
 -- What the server and our role are set to, as far as it matters to us; times are in milliseconds. Rows: name, setting.
-SELECT name, setting FROM pg_catalog.pg_settings
+-- reset_val: a session of ours sets some of these for itself.
+SELECT name, reset_val FROM pg_catalog.pg_settings
 WHERE name IN ('server_version', 'server_version_num', 'server_encoding', 'standard_conforming_strings',
                'default_transaction_read_only', 'synchronous_commit', 'statement_timeout', 'lock_timeout',
                'idle_in_transaction_session_timeout', 'transaction_timeout');

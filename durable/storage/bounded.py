@@ -36,11 +36,13 @@ class _Bound:
             another thread or from a signal handler.
         lock_timeout: Seconds that statements wait for a lock, to be set in each transaction because no session keeps it
             (behind a pooler); 0 when nothing is to be set.
+        opened_at: `time.monotonic()` when a pool opened it.
     """
 
     patience: float = math.inf
     deadline: float = math.inf
     lock_timeout: float = 0.0
+    opened_at: float = 0.0
     pgconn: Any
 
     def _expire(self, began: float) -> NoReturn:
@@ -95,12 +97,17 @@ def open_bounded(kind: type[C], dsn: str, until: float = math.inf, **kwargs: Any
         _opening.until = math.inf
 
 
+def hurry(until: float) -> None:
+    """Let an attempt to connect that this thread is making end by then; for a signal handler."""
+    _opening.until = until
+
+
 def _attempt(attempt: Waiting, until: float) -> Waiting:
     began = time.monotonic()
     try:
         state = next(attempt)
         while True:
-            if time.monotonic() >= until:
+            if time.monotonic() >= min(until, getattr(_opening, "until", math.inf)):
                 raise NoAnswerError(f"connection timeout: no answer within {time.monotonic() - began:.2g} s")
             ready = yield state
             state = attempt.send(ready)

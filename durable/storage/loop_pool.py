@@ -8,58 +8,86 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
+import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import psycopg
 
-from durable.storage.session import AsyncConnection, Connection
-
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 1.0
-"""Seconds between tries to connect: the first pause, and the one that doubling ends at."""
+from durable.storage.bounded import AsyncBoundedConnection, NoAnswerError
+from durable.storage.lending import FIRST_PAUSE, LONGEST_PAUSE, NoneFreeError, is_alive, may_be_kept
 
 
 class LoopPool:
     """Lends connections to the coroutines of the loop it was made on.
 
-    connect  opens one; what it raises of psycopg.OperationalError is tried again until the time is over
-    size     most connections
+    Args:
+        connect: Opens a connection; it is given the `time.monotonic()` by which the call must end.
+        size: The most connections.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[AsyncConnection]], size: int) -> None:
+    def __init__(self, connect: Callable[[float], Awaitable[AsyncBoundedConnection]], size: int) -> None:
         self._connect = connect
-        self._free: list[AsyncConnection] = []
+        self._free: list[AsyncBoundedConnection] = []
         self._room = asyncio.Semaphore(size)
         self._pid = os.getpid()
         self._closed = False
+        self._trouble: psycopg.OperationalError | None = None
 
-    async def take(self, timeout: float) -> AsyncConnection:
-        """Return a live connection. Raises TimeoutError when none is to be had in `timeout` seconds."""
-        async with asyncio.timeout(timeout):
+    async def take(self, wait_until: float, deadline: float) -> AsyncBoundedConnection:
+        """Return a live connection whose waits end at `deadline`; as `ThreadPool.take`."""
+        if self._room.locked():
+            await self._acquire(wait_until)
+        else:
             await self._room.acquire()
-            try:
-                while self._free:
-                    connection = self._free.pop()
-                    if await _works(connection):
-                        return connection
-                return await self._connected()
-            except BaseException:
-                self._room.release()
-                raise
+        try:
+            while self._free:
+                connection = self._free.pop()
+                if is_alive(connection):
+                    connection.deadline = deadline
+                    return connection
+                connection.pgconn.finish()
+            return await self._connected(wait_until, deadline)
+        except BaseException:
+            self._room.release()
+            raise
 
-    async def _connected(self) -> AsyncConnection:
+    async def _acquire(self, wait_until: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, wait_until - time.monotonic())):
+                await self._room.acquire()
+        except TimeoutError:
+            if self._trouble is not None:
+                # The calls that hold the room are trying to connect, too.
+                raise psycopg.OperationalError(str(self._trouble)) from None
+            raise NoneFreeError from None
+
+    async def _connected(self, wait_until: float, deadline: float) -> AsyncBoundedConnection:
         pause = FIRST_PAUSE
         while True:
-            with suppress(psycopg.OperationalError):
-                return await self._connect()
+            try:
+                connection = await self._connect_by(deadline)
+            except psycopg.OperationalError as error:
+                self._trouble = error
+                if time.monotonic() + pause >= wait_until:
+                    raise
+            else:
+                self._trouble = None
+                return connection
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def give_back(self, connection: AsyncConnection) -> None:
+    async def _connect_by(self, deadline: float) -> AsyncBoundedConnection:
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as limit:
+                return await self._connect(deadline)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise NoAnswerError("connection timeout: no answer before the call's time was over") from error
+
+    def give_back(self, connection: AsyncBoundedConnection) -> None:
         """Take a connection back. Never waits: a cancelled coroutine gives it back, and must not be held up."""
-        if self._closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        if self._closed or not may_be_kept(connection, time.monotonic()):
             connection.pgconn.finish()
         else:
             self._free.append(connection)
@@ -78,26 +106,3 @@ class LoopPool:
 
     def __del__(self) -> None:
         self.close()
-
-
-def readable(connection: Connection | AsyncConnection) -> bool:
-    """Whether there is something to read on an idle connection: then it is closed, or has a notice.
-
-    Looking costs a microsecond where a query would cost a round trip on every `delay()`.
-    """
-    poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
-    return bool(poll.poll(0))
-
-
-async def _works(connection: AsyncConnection) -> bool:
-    try:
-        if readable(connection):
-            await connection.execute("SELECT 1", prepare=False)
-    except psycopg.OperationalError:
-        connection.pgconn.finish()
-        return False
-    except BaseException:
-        connection.pgconn.finish()
-        raise
-    return True

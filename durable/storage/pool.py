@@ -10,29 +10,26 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-import psycopg
-import psycopg_pool
-
 from durable.errors import DatabaseUnavailableError
-from durable.storage import arrays
-from durable.storage.loop_pool import LoopPool, readable
+from durable.storage.bounded import AsyncBoundedConnection, BoundedConnection, open_bounded
+from durable.storage.lending import NoneFreeError
+from durable.storage.loop_pool import LoopPool
 from durable.storage.session import (
-    PINNED_PATH,
-    SHORTEST_TIMEOUT,
+    PATIENCE,
     AsyncConnection,
     Connection,
+    aset_up,
     connection_defaults,
+    set_up,
     translated,
-    unavailable,
 )
-
-OWN_POOL = "durable"
-"""Name of a producer's pool."""
+from durable.storage.thread_pool import ThreadPool
 
 _pools: weakref.WeakSet[ProducerPool] = weakref.WeakSet()
 _inherited: list[Any] = []  # kept for ever: closing or collecting them would speak on the parent's sockets
@@ -41,24 +38,39 @@ _inherited: list[Any] = []  # kept for ever: closing or collecting them would sp
 class ProducerPool:
     """Connections for producers, opened when first needed.
 
-    dsn   called for each new connection (and so may restart an embedded server)
-    size  most connections per process, and per event loop
+    Args:
+        dsn: Called for each new connection (and so may restart an embedded server).
+        schema: For the text of errors.
+        name: Of the app, for `application_name`.
+        size: The most connections per process, and per event loop.
+        timeout: Seconds that a call waits for a connection, and for each host that it connects to.
+        call_timeout: Seconds that a call may take in all, unless it says otherwise.
+        pooler: Whether the DSN leads through a transaction pooler.
     """
 
     def __init__(
-        self, dsn: Callable[[], str], schema: str, name: str, size: int, timeout: float, *, pooler: bool = False
+        self,
+        dsn: Callable[[], str],
+        schema: str,
+        name: str,
+        size: int,
+        timeout: float,
+        call_timeout: float = PATIENCE,
+        *,
+        pooler: bool = False,
     ) -> None:
         self._dsn = dsn
         self._schema = schema
         self._size = size
         self._timeout = timeout
+        self._call_timeout = call_timeout
         self._pooler = pooler
         self._kwargs = {
             "application_name": f"durable {name}"[:60],
             **connection_defaults(timeout, pooler=pooler),
         }
         self._lock = threading.Lock()
-        self._sync: psycopg_pool.ConnectionPool[Connection] | None = None
+        self._sync: ThreadPool | None = None
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPool] = weakref.WeakKeyDictionary()
         self._turn = threading.RLock()
         self.borrowed: Connection | None = None
@@ -66,25 +78,32 @@ class ProducerPool:
         _pools.add(self)
 
     @contextmanager
-    def connection(self, own: bool = False) -> Iterator[Connection]:
+    def connection(self, own: bool = False, timeout: float | None = None) -> Iterator[Connection]:
         """Lend an autocommit connection, or the borrowed one unless it must be our own.
 
-        Raises DatabaseUnavailableError when none is to be had in time.
+        Args:
+            own: Whether it must be a connection of ours.
+            timeout: Seconds until every wait on it ends; the app's `call_timeout` unless given.
+
+        Raises:
+            DatabaseUnavailableError: There is no connection in time, or it fails while it is lent.
         """
         if self.borrowed is not None and not own:
             with self._turn, translated(self._schema):
                 yield self.borrowed
             return
         pool = self._sync or self._open()
+        now = time.monotonic()
+        deadline = now + (timeout or self._call_timeout)
         with translated(self._schema):
             try:
-                connection = pool.getconn(timeout=self._timeout)
-            except psycopg_pool.PoolTimeout as error:
-                raise self._unavailable() from error
+                connection = pool.take(min(now + self._timeout, deadline), deadline)
+            except NoneFreeError:
+                raise self._none_free(timeout) from None
             try:
                 yield connection
             finally:
-                pool.putconn(connection)
+                pool.give_back(connection)
 
     @contextmanager
     def borrowing(self, connection: Connection) -> Iterator[None]:
@@ -96,52 +115,49 @@ class ProducerPool:
             self.borrowed = before
 
     @asynccontextmanager
-    async def aconnection(self) -> AsyncIterator[AsyncConnection]:
+    async def aconnection(self, timeout: float | None = None) -> AsyncIterator[AsyncConnection]:
         """Lend an async connection of this event loop's pool; as `connection`."""
         pool = self._aopen()
+        now = time.monotonic()
+        deadline = now + (timeout or self._call_timeout)
         with translated(self._schema):
             try:
-                connection = await pool.take(self._timeout)
-            except TimeoutError as error:
-                raise (await asyncio.to_thread(self._unavailable)) from error
+                connection = await pool.take(min(now + self._timeout, deadline), deadline)
+            except NoneFreeError:
+                raise self._none_free(timeout) from None
             try:
                 yield connection
             finally:
                 pool.give_back(connection)
 
-    def _unavailable(self) -> DatabaseUnavailableError:
-        """Ask the database why, once: a pool's timeout does not say it."""
-        try:
-            # Soon, whatever the answer: the caller has waited for as long as it wanted to.
-            psycopg.connect(self._dsn(), **{**self._kwargs, "connect_timeout": SHORTEST_TIMEOUT}).close()
-        except psycopg.Error as error:
-            return unavailable(error)
+    def _none_free(self, timeout: float | None) -> DatabaseUnavailableError:
+        in_time = f"connect_timeout = {self._timeout:g} s"
+        if (timeout or self._call_timeout) < self._timeout:
+            in_time = f"the call's {timeout or self._call_timeout:g} s"
         return DatabaseUnavailableError(
-            f"all are lent: no connection came free within connect_timeout = {self._timeout:g} s; "
+            f"all connections of this process are lent: none came free within {in_time}; "
             f"pool_size = {self._size}: raise it, or call again"
         )
 
-    def _open(self) -> psycopg_pool.ConnectionPool[Connection]:
+    def _open(self) -> ThreadPool:
         with self._lock:
             if self._sync is None:
-                self._sync = psycopg_pool.ConnectionPool(
-                    self._dsn,
-                    kwargs=self._kwargs,
-                    # With 1 the first call opens a second beside it, and calls take turns on two cold sessions.
-                    min_size=0,
-                    max_size=self._size,
-                    configure=self._configure,
-                    check=_check,
-                    reconnect_timeout=self._timeout,
-                    name=OWN_POOL,
-                    open=True,
-                )
+                self._sync = ThreadPool(self._connect, self._size)
             return self._sync
 
-    def _configure(self, connection: Connection) -> None:
-        arrays.register(connection.adapters)
-        if not self._pooler:
-            connection.execute(PINNED_PATH)
+    def _connect(self, deadline: float) -> BoundedConnection:
+        began = time.monotonic()
+        dsn = self._dsn()
+        deadline += time.monotonic() - began  # the start of an embedded server is not counted
+        connection = open_bounded(BoundedConnection, dsn, deadline, **self._kwargs)
+        connection.deadline, connection.opened_at = deadline, began
+        connection.patience = self._call_timeout
+        try:
+            set_up(connection, pooler=self._pooler)
+        except BaseException:
+            connection.pgconn.finish()
+            raise
+        return connection
 
     def _aopen(self) -> LoopPool:
         loop = asyncio.get_running_loop()
@@ -153,22 +169,23 @@ class ProducerPool:
                 pool = self._async[loop] = LoopPool(self._aconnect, self._size)
             return pool
 
-    async def _aconnect(self) -> AsyncConnection:
+    async def _aconnect(self, deadline: float) -> AsyncBoundedConnection:
         dsn = await asyncio.to_thread(self._dsn)
-        connection = await psycopg.AsyncConnection.connect(dsn, **self._kwargs)
-        arrays.register(connection.adapters)
-        if not self._pooler:
-            await connection.execute(PINNED_PATH)
+        connection = await AsyncBoundedConnection.connect(dsn, **self._kwargs)
+        connection.deadline, connection.opened_at = deadline, time.monotonic()
+        connection.patience = self._call_timeout
+        try:
+            await aset_up(connection, pooler=self._pooler)
+        except BaseException:
+            connection.pgconn.finish()
+            raise
         return connection
 
-    def close(self, timeout: float = 5.0) -> None:
-        """Close the sync connections of this process, and those of loops that have ended; it can be used again.
-
-        timeout  seconds to wait for the pool's threads
-        """
+    def close(self) -> None:
+        """Close the sync connections of this process, and those of loops that have ended; it can be used again."""
         with self._lock:
             if self._sync is not None:
-                self._sync.close(timeout)
+                self._sync.close()
                 self._sync = None
             for loop in [loop for loop in self._async if loop.is_closed()]:
                 self._async.pop(loop).close()
@@ -189,21 +206,14 @@ class ProducerPool:
         self.borrowed = None
 
 
-def _check(connection: Connection) -> None:
-    """Raise OperationalError for a connection that died while idle."""
-    if readable(connection):
-        connection.execute("SELECT 1", prepare=False)
-
-
 def _forget_all() -> None:
     for pool in list(_pools):
         pool.forget()
 
 
 def _close_all() -> None:
-    # Threads still run now. Later, from Python 3.13 on, a pool waits 20 seconds for its own in vain.
     for pool in list(_pools):
-        pool.close(timeout=0.5)
+        pool.close()
 
 
 os.register_at_fork(after_in_child=_forget_all)

@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import errors as pg_errors
 from psycopg.rows import tuple_row
 
-from durable.errors import DatabaseUnavailableError, DurableError, SchemaError
+from durable.errors import CallTimeoutError, DatabaseUnavailableError, DurableError, SchemaError, ValidationError
 from durable.sql import Statements
 from durable.storage import arrays
-from durable.storage.bounded import BoundedConnection, open_bounded
+from durable.storage.bounded import AsyncBoundedConnection, BoundedConnection, NoAnswerError, open_bounded
 
 UNDONE = (pg_errors.DeadlockDetected, pg_errors.SerializationFailure)
 """Errors that say that a transaction was rolled back in favour of another one: it may be repeated as it was."""
@@ -71,13 +71,49 @@ CONNECTION_LOST = (
 SHORTEST_TIMEOUT = 2
 """Seconds; libpq takes one second for two."""
 
-_TIMEOUTS = {
-    "57014": "statement_timeout",
-    "55P03": "lock_timeout",
-    "25P03": "idle_in_transaction_session_timeout",
-    "25P04": "transaction_timeout",
-    "57P05": "idle_session_timeout",
+
+class _Meaning(NamedTuple):
+    """What a SQLSTATE means for a caller, and what helps."""
+
+    says: str
+    remedy: str
+
+
+_AGAIN = "nothing was written: call again"
+_UNKNOWN = "what the call wrote may be there: repeat it under its correlation_key or dedup_key"
+_LONGER = "call again, or raise the role's"
+_ENDED = _Meaning("the server ended the session", _UNKNOWN)
+_POOLED = _Meaning("a prepared statement did not hold", "the DSN leads through a transaction pooler; set pooler=True")
+_MEANINGS = {
+    "40001": _Meaning("other transactions were in the way", _AGAIN),
+    "40P01": _Meaning("other transactions were in the way", _AGAIN),
+    "55P03": _Meaning("another session holds a lock", f"{_AGAIN}; `durable doctor` names sessions that hold locks"),
+    "57014": _Meaning(
+        "the server ended the call",
+        f"{_AGAIN}, or raise call_timeout; for a call with connection= raise the role's statement_timeout",
+    ),
+    "25P03": _Meaning("the database ended the call", f"{_LONGER} idle_in_transaction_session_timeout"),
+    "25P04": _Meaning("the database ended the call", f"{_LONGER} transaction_timeout"),
+    "57P05": _Meaning("the database ended the call", f"{_LONGER} idle_session_timeout"),
+    "42501": _Meaning(
+        "the database role may not do this", "`durable migrate --grant` gives a role what a producer or worker needs"
+    ),
+    "25006": _Meaning("the database is read-only (a standby?)", "point the DSN at the primary"),
+    "53100": _Meaning("the server's disk is full", f"{_AGAIN} when it has room"),
+    "53200": _Meaning("the server has no memory left", f"{_AGAIN} later"),
+    "53300": _Meaning("the server has no connection left", f"{_AGAIN} later; raise max_connections"),
+    "53400": _Meaning("a limit of the server's configuration is reached", f"{_AGAIN} when it is raised"),
+    "57P01": _ENDED,
+    "57P02": _ENDED,
+    "57P03": _Meaning("the server is not ready", f"{_AGAIN} when it is"),
+    "57P04": _Meaning("the database was dropped", "point the DSN at one that exists"),
+    "26000": _POOLED,
+    "42P05": _POOLED,
 }
+"""SQLSTATE -> meaning, where it becomes a DatabaseUnavailableError. docs/operations.md has this table, too."""
+_MISSING = ("42P01", "3F000", "42703", "42883")
+TEXT_REFUSED = ("22021", "22P05")
+"""SQLSTATEs of text that the encoding of the database lacks."""
 
 
 def execute(connection: Connection, sql: Statements, name: str, parameters: Parameters) -> list[Row]:
@@ -184,6 +220,7 @@ def connect(
     timeout: float = 10.0,
     patience: float = PATIENCE,
     lock_timeout: float = 0.0,
+    deadline: float = math.inf,
 ) -> BoundedConnection:
     """Open an autocommit connection for a process of ours.
 
@@ -197,6 +234,7 @@ def connect(
         timeout: Seconds to wait for each host of the DSN.
         patience: Seconds that each wait for the server may take, connecting included.
         lock_timeout: Seconds that a statement waits for a lock; 0 for as long as the statement may take.
+        deadline: `time.monotonic()` by which every wait must end, connecting included.
 
     Raises:
         psycopg.OperationalError: The database can't be reached.
@@ -204,11 +242,11 @@ def connect(
     connection = open_bounded(
         BoundedConnection,
         dsn,
-        time.monotonic() + max(patience, timeout),
+        min(deadline, time.monotonic() + max(patience, timeout)),
         application_name=application_name[:60],
         **connection_defaults(timeout, pooler=pooler),
     )
-    connection.patience = patience
+    connection.patience, connection.deadline = patience, deadline
     try:
         set_up(connection, pinned=pinned, pooler=pooler, lock_timeout=lock_timeout)
     except BaseException:
@@ -224,7 +262,6 @@ def set_up(
     arrays.register(connection.adapters)
     if pooler:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-        connection.read_only = False
         connection.lock_timeout = lock_timeout
         return
     text = session_settings(connection.info.server_version, connection.patience, pinned, lock_timeout)
@@ -237,8 +274,26 @@ def set_up(
                 raise
 
 
+async def aset_up(connection: AsyncBoundedConnection, *, pooler: bool = False) -> None:
+    """`set_up` for coroutines."""
+    arrays.register(connection.adapters)
+    if pooler:
+        await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        return
+    text = session_settings(connection.info.server_version, connection.patience)
+    for attempt in range(_PIN_ATTEMPTS):
+        try:
+            await connection.execute(text)
+            return
+        except pg_errors.QueryCanceled:
+            if attempt == _PIN_ATTEMPTS - 1:
+                raise
+
+
 def session_settings(server_version: int, patience: float, pinned: bool = False, lock_timeout: float = 0.0) -> str:
     """Return what a session of ours sets when it begins, so that no default of the role or the database changes it.
+
+    A default of `default_transaction_read_only` is left alone: operators fence a database with it.
 
     Args:
         server_version: As libpq says it: 150004 for 15.4.
@@ -255,7 +310,6 @@ def session_settings(server_version: int, patience: float, pinned: bool = False,
         "SET idle_session_timeout = 0",
         *(["SET transaction_timeout = 0"] if server_version >= 170000 else []),
         "SET default_transaction_isolation = 'read committed'",
-        "SET default_transaction_read_only = off",
         "SET default_transaction_deferrable = off",
         "SET DateStyle = 'ISO, MDY'",
         "SET IntervalStyle = 'postgres'",
@@ -318,8 +372,8 @@ def admits_nobody(error: BaseException) -> bool:
     return any(part in str(error) for part in (*_FULL, *_NOT_READY))
 
 
-def unavailable(error: psycopg.Error) -> DatabaseUnavailableError:
-    """Return our error for a connection that can't be had, or was lost."""
+def _lost(error: psycopg.Error) -> DatabaseUnavailableError:
+    """Return our error for a connection that can't be had, or that ended without a word from the server."""
     text = describe(error)
     if any(part in text for part in _FULL):
         remedy = "call again later; raise max_connections, connect fewer processes, or put a pooler in front"
@@ -329,49 +383,59 @@ def unavailable(error: psycopg.Error) -> DatabaseUnavailableError:
         remedy = "the pooler is paused or its pool too small, and nothing was written: call again"
     elif text.startswith(_CONNECTING):
         remedy = "see that it runs and that the DSN leads to it"
+    elif isinstance(error, NoAnswerError):
+        remedy = f"{_UNKNOWN}; if it needs longer, raise call_timeout or give the call a timeout="
     else:
-        remedy = "what the call wrote may be there: repeat it under its correlation_key or dedup_key"
-    return DatabaseUnavailableError(f"the database can't be reached: {text}; {remedy}")
+        remedy = _UNKNOWN
+    kind = CallTimeoutError if isinstance(error, NoAnswerError) else DatabaseUnavailableError
+    return kind(f"the database can't be reached: {text}; {remedy}")
 
 
 def translate(error: psycopg.Error, schema: str) -> DurableError | None:
-    """Return our error for a Postgres error that has one of ours, else None."""
-    if isinstance(error, UNDONE):
-        return None  # an answer of the server, which a caller's own transaction must get to see
-    if isinstance(error, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName | pg_errors.UndefinedColumn):
+    """Return our error for a Postgres error that has one of ours, else None. Its SQLSTATE decides."""
+    state = error.sqlstate or ""
+    if state in _MISSING:
         return SchemaError(
             f"schema {schema!r} of this database is missing or older than this code ({describe(error)}); "
             "run `durable migrate`"
         )
-    if isinstance(error, pg_errors.InsufficientPrivilege):
-        return DatabaseUnavailableError(f"the database role may not do this: {describe(error)}")
-    if isinstance(error, pg_errors.ReadOnlySqlTransaction):
-        return DatabaseUnavailableError("the database is read-only (a standby?); point the DSN at the primary")
-    if isinstance(error, pg_errors.InvalidSqlStatementName | pg_errors.DuplicatePreparedStatement):
-        return DatabaseUnavailableError(
-            f"a prepared statement did not hold ({describe(error)}): the DSN leads through a transaction pooler; "
-            "set pooler=True"
+    if state in TEXT_REFUSED:
+        return ValidationError(
+            f"the database's encoding has no such text: {describe(error)}; nothing was written: "
+            "leave it out, or use a database with ENCODING 'UTF8'"
         )
-    setting = _TIMEOUTS.get(error.sqlstate or "")
-    if setting is not None:
-        return DatabaseUnavailableError(
-            f"the database ended the call: {describe(error)}; call again, or raise the role's {setting}"
-        )
-    return unavailable(error) if isinstance(error, CONNECTION_LOST) else None
+    meaning = _MEANINGS.get(state)
+    if meaning is not None:
+        return DatabaseUnavailableError(f"{meaning.says}: {describe(error)}; {meaning.remedy}")
+    if not isinstance(error, CONNECTION_LOST):
+        return None
+    if not state or state.startswith("08"):
+        return _lost(error)
+    return DatabaseUnavailableError(
+        f"the server refused the call: {describe(error)} (SQLSTATE {state}); see its log, then call again"
+    )
 
 
 def advise(error: psycopg.Error, schema: str) -> str:
     """Return what a process that tries on says of an error: with what to do, where waiting alone does not help."""
-    ours = None if isinstance(error, CONNECTION_LOST) else translate(error, schema)
+    ours = translate(error, schema) if error.sqlstate else None
     return describe(error) if ours is None else str(ours)
 
 
 @contextmanager
-def translated(schema: str) -> Iterator[None]:
-    """Raise our errors instead of psycopg's where `translate` knows one."""
+def translated(schema: str, *, callers: bool = False) -> Iterator[None]:
+    """Raise our errors instead of psycopg's where `translate` knows one.
+
+    Args:
+        schema: For the text of a SchemaError.
+        callers: Whether the transaction is a caller's. Then its loss against another transaction is left to the
+            caller's own loop of attempts, which looks for psycopg's error.
+    """
     try:
         yield
     except psycopg.Error as error:
+        if callers and isinstance(error, UNDONE):
+            raise
         ours = translate(error, schema)
         if ours is None:
             raise

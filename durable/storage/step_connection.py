@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
 
-import psycopg
-
 from durable.errors import ConnectionUsageError
 from durable.storage import arrays
-from durable.storage.session import Operation, connection_defaults
+from durable.storage.bounded import AsyncBoundedConnection, BoundedConnection, NoAnswerError, open_bounded
+from durable.storage.session import PATIENCE, Operation, connection_defaults
 
 T = TypeVar("T")
 Wakeups = Callable[[], Sequence[Operation[Any]]]
@@ -36,7 +36,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-class StepConnection(psycopg.Connection[Any]):
+class StepConnection(BoundedConnection):
     """What `ctx.connection` is in a step."""
 
     wakeups: list[Wakeups]
@@ -66,7 +66,7 @@ class StepConnection(psycopg.Connection[Any]):
         super().rollback()
 
 
-class AsyncStepConnection(psycopg.AsyncConnection[Any]):
+class AsyncStepConnection(AsyncBoundedConnection):
     """What `ctx.connection` is in an `async def` step."""
 
     wakeups: list[Wakeups]
@@ -95,17 +95,31 @@ class AsyncStepConnection(psycopg.AsyncConnection[Any]):
         await super().rollback()
 
 
-def open_step_connection(dsn: str, name: str, timeout: float, *, pooler: bool) -> StepConnection:
-    """Open one. Raises psycopg.OperationalError."""
-    connection = StepConnection.connect(dsn, application_name=name[:60], **connection_defaults(timeout, pooler=pooler))
+def open_step_connection(
+    dsn: str, name: str, timeout: float, *, pooler: bool, patience: float = PATIENCE
+) -> StepConnection:
+    """Open one; `timeout` is for each host of the DSN, `patience` for all. Raises psycopg.OperationalError."""
+    connection = open_bounded(
+        StepConnection,
+        dsn,
+        time.monotonic() + max(timeout, patience),
+        application_name=name[:60],
+        **connection_defaults(timeout, pooler=pooler),
+    )
     arrays.register(connection.adapters)
     return connection
 
 
-async def aopen_step_connection(dsn: str, name: str, timeout: float, *, pooler: bool) -> AsyncStepConnection:
+async def aopen_step_connection(
+    dsn: str, name: str, timeout: float, *, pooler: bool, patience: float = PATIENCE
+) -> AsyncStepConnection:
     """`open_step_connection` for coroutines."""
     defaults = connection_defaults(timeout, pooler=pooler)
-    connection = await AsyncStepConnection.connect(dsn, application_name=name[:60], **defaults)
+    try:
+        async with asyncio.timeout(max(timeout, patience)):
+            connection = await AsyncStepConnection.connect(dsn, application_name=name[:60], **defaults)
+    except TimeoutError as error:
+        raise NoAnswerError(f"connection timeout: no answer within {max(timeout, patience):g} s") from error
     arrays.register(connection.adapters)
     return connection
 

@@ -43,7 +43,7 @@ def judged(durable: Callable[..., Ran]) -> Callable[[str, str], list[dict[str, s
     [
         ("statement_timeout = '50ms'", "warning", "statement_timeout is 50 ms for this role"),
         ("lock_timeout = '999ms'", "warning", "lock_timeout is 999 ms for this role"),
-        ("idle_in_transaction_session_timeout = '50ms'", "warning", "flush_delay is 0.002 s"),
+        ("idle_in_transaction_session_timeout = '50ms'", "warning", "a step with ctx.connection is in a transaction"),
         ("synchronous_commit = off", "warning", "synchronous_commit is off"),
         ("standard_conforming_strings = off", "warning", "standard_conforming_strings is off"),
         ("default_transaction_read_only = on", "error", "nothing can be claimed or committed"),

@@ -438,14 +438,14 @@ def test_async_steps_get_an_async_connection(app: Durable, driver: Driver, view:
             await ctx.connection.commit()
         if what == "bad":
             raise RuntimeError
-        return type(ctx.connection).__mro__[1].__name__
+        return str(isinstance(ctx.connection, psycopg.AsyncConnection))
 
     results = [work.delay(what) for what in ("a", "bad", "b")]
     for _ in results:
         driver.step()
     assert effects.seen == ["a", "b"]
     assert [view.status(result.id) for result in results] == ["done", "scheduled", "done"]
-    assert results[0].get(1) == "AsyncConnection"
+    assert results[0].get(1) == "True"
 
 
 def test_sync_and_async_steps_take_turns_on_one_connection(app: Durable, driver: Driver, connection: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,8 @@ import psycopg
 import pytest
 
 from durable import Durable
-from durable.instance import Claimed, Payload
+from durable.instance import Claimed, NewInstance, Payload
+from durable.runtime import failures
 from durable.runtime import flusher as flusher_module
 from durable.runtime.flusher import Flusher
 from durable.runtime.identity import own
@@ -153,3 +155,47 @@ def test_a_flush_that_can_never_succeed_ends_when_the_process_must(bench: Bench,
 
     with pytest.raises(Stopped):
         bench.flusher.flush(bench.worker, [Commit(rows[0], "done", DONE)])
+
+
+@pytest.fixture(scope="module", params=["LATIN1", "SQL_ASCII"])
+def narrow(request: pytest.FixtureRequest, server_dsn: str) -> Iterator[Durable]:
+    """An app on a database whose encoding lacks most letters."""
+    name = f"narrow_{os.urandom(4).hex()}"
+    with psycopg.connect(server_dsn, autocommit=True) as admin:
+        admin.execute(
+            f"CREATE DATABASE {name} ENCODING '{request.param}' TEMPLATE template0 LOCALE_PROVIDER libc LOCALE 'C'"
+        )
+        app = Durable("narrow", dsn=psycopg.conninfo.make_conninfo(server_dsn, dbname=name))
+        app.migrate()
+        yield app
+        app.close()
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+FOREIGN = failures.error_json(ValueError("\u65e5\U0001f600"))
+OUTCOMES: dict[str, Callable[[Claimed], Commit]] = {
+    "failed": lambda row: Commit(row, "failed", error=FOREIGN),
+    "stopped": lambda row: Commit(row, "failed", DONE, error=FOREIGN),
+    "retry": lambda row: Commit(row, "scheduled", error=FOREIGN, delay=60.0, attempt=1),
+    "next": lambda row: Commit(row, "runnable", kind="next", step="\u65e5"),
+    "await": lambda row: Commit(row, "awaiting_signal", kind="await", step="b", awaits=("\u65e5",)),
+    "children": lambda row: Commit(
+        row, "awaiting_children", kind="children", step="b", children=[NewInstance("\u65e5", Payload("json", b"{}"))]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_foreign_letters_end_the_attempt_once(narrow: Durable, kind: str) -> None:
+    bench = Bench(narrow)
+    (row,) = bench.claim(1)
+    assert bench.flusher.flush(bench.worker, [OUTCOMES[kind](row)]).committed == {row.id}
+    assert bench.pauses == 0
+    status, error = narrow.result(row.id).status, narrow.fetch(row.id).error  # type: ignore[union-attr]
+    if kind == "retry":
+        assert (status, error and error["message"]) == ("scheduled", r"\u65e5\U0001f600")
+    elif kind in ("failed", "stopped"):
+        assert (status, error and error["message"]) == ("failed", r"\u65e5\U0001f600")
+    elif status == "failed":
+        assert "the database refused this outcome" in error["message"]  # type: ignore[index]
+    bench.link.drop()

@@ -149,8 +149,8 @@ STATES: list[tuple[Callable[[psycopg.Connection[Any]], None], type[Exception], s
     (closed, ConnectionUsageError, "connection= is closed"),
     (failed, ConnectionUsageError, "connection= is in a failed transaction; roll it back first"),
     (read_only, DatabaseUnavailableError, "read-only"),
-    (standby, DatabaseUnavailableError, r"read-only \(a standby\?\); point the DSN at the primary"),
-    (cut, DatabaseUnavailableError, "can't be reached: terminating connection"),
+    (standby, DatabaseUnavailableError, r"read-only \(a standby\?\): .*; point the DSN at the primary"),
+    (cut, DatabaseUnavailableError, "the server ended the session: terminating connection"),
 ]
 WRITES: dict[str, Callable[[Durable, Task[..., Any], Any], Any]] = {
     "delay": lambda app, task, connection: task.apply_async(connection=connection),
