@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from durable import dsn as dsn_module
-from durable import validation
+from durable import interruption, validation
 from durable.batch import Batch, collecting
 from durable.children import Children
 from durable.config import Config
@@ -293,7 +293,10 @@ class Durable(Registry, QueueControl):
         if self._pool.borrowed is not None:
             return self.fetch(instance_id)
         async with self._pool.aconnection() as connection:
-            return await arun(connection, self.sql, instances.snapshot(instance_id))
+            found = await arun(connection, self.sql, instances.snapshot(instance_id))
+        if interruption.late:
+            interruption.araise_late()
+        return found
 
     def wait_for(self, instance_id: int) -> Future[Snapshot]:
         """Return a future of the finished snapshot."""
@@ -326,7 +329,10 @@ class Durable(Registry, QueueControl):
     def run(self, operation: Operation[T], own: bool = False) -> T:
         """Run a storage operation on a connection of the producer's pool; `own`: not on a borrowed one."""
         with self._pool.connection(own) as connection:
-            return run(connection, self.sql, operation)
+            value = run(connection, self.sql, operation)
+        if interruption.late:
+            interruption.raise_late()
+        return value
 
     @cached_property
     def codec(self) -> Codec:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from functools import partial
 from typing import Any, TypeVar
 
+from durable import forks, interruption
 from durable.context import Context
 from durable.errors import DefinitionError
 from durable.validation import shown
@@ -117,6 +118,7 @@ def around(
     return partial(_acalled if is_async else _called, factories, context, call)
 
 
+@interruption.transparent
 def _called(factories: Sequence[Factory], context: Context[Any], call: Callable[[], Any]) -> Any:
     with ExitStack() as stack:
         for factory in factories:
@@ -125,9 +127,18 @@ def _called(factories: Sequence[Factory], context: Context[Any], call: Callable[
                 stack.enter_context(_Passing(manager))
             else:
                 _check_manager(manager, factory)
-        return call()
+        try:
+            value = call()
+        except BaseException as error:
+            if forks.strayed:  # no manager is left in a child that the step has forked
+                forks.end(error)
+            raise
+        if forks.strayed:
+            forks.end()
+        return value
 
 
+@interruption.transparent
 async def _acalled(
     factories: Sequence[Factory], context: Context[Any], call: Callable[[], Coroutine[Any, Any, Any]]
 ) -> Any:
@@ -140,7 +151,7 @@ async def _acalled(
                 stack.enter_context(_Passing(manager))
             else:
                 _check_manager(manager, factory)
-        return await call()
+        return await forks.acontained(call())
 
 
 def _has(manager: Any, method: str) -> bool:
@@ -160,9 +171,11 @@ class _Passing:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
 
+    @interruption.transparent
     def __enter__(self) -> Any:
         return self._manager.__enter__()
 
+    @interruption.transparent
     def __exit__(self, *raised: Any) -> None:
         self._manager.__exit__(*raised)
 
@@ -173,8 +186,10 @@ class _AsyncPassing:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
 
+    @interruption.transparent
     async def __aenter__(self) -> Any:
         return await self._manager.__aenter__()
 
+    @interruption.transparent
     async def __aexit__(self, *raised: Any) -> None:
         await self._manager.__aexit__(*raised)

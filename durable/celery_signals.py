@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from durable import forks
 from durable.containment import is_contained
 from durable.errors import DefinitionError
 from durable.validation import shown
@@ -72,7 +73,7 @@ class Hook:
         for _, wanted, receiver in self.receivers:
             try:
                 if wanted is None or wanted is sender or _name(wanted) == _name(sender):
-                    receiver(signal=self, sender=sender, **values)
+                    forks.contained(receiver, signal=self, sender=sender, **values)
             except BaseException as error:
                 if not self._contains(error):
                     raise

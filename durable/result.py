@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar
 
-from durable import validation
+from durable import interruption, validation
 from durable.children import Children
 from durable.context import current
 from durable.errors import (
@@ -161,6 +161,7 @@ class AsyncResult(Generic[R]):
         snapshot = self._snapshot()
         return None if snapshot is None else _failure(snapshot)
 
+    @interruption.transparent
     def get(self, timeout: float | None = None, propagate: bool = True, *, allow_in_step: bool = False) -> R:
         """Wait until it is finished and return its result; calling it again is always safe.
 
@@ -185,6 +186,7 @@ class AsyncResult(Generic[R]):
                 self._source.stop_waiting(self.id, waiter)
         return self._outcome(propagate)
 
+    @interruption.transparent
     async def aget(self, timeout: float | None = None, propagate: bool = True, *, allow_in_step: bool = False) -> R:
         """`get` for coroutines."""
         _check_wait(allow_in_step)
@@ -274,6 +276,7 @@ class AsyncResult(Generic[R]):
         return hash(self.id)
 
 
+@interruption.transparent
 async def _wrapped(waiter: Future[Snapshot], seconds: float | None) -> Snapshot:
     return await asyncio.wait_for(asyncio.wrap_future(waiter), seconds)
 

@@ -18,8 +18,10 @@ from kombu import compression as kombu_compression
 from kombu import serialization as kombu_serialization
 from kombu.utils import json as kombu_json
 
+from durable import interruption
 from durable.errors import ConfigError, CorruptRowError, PayloadError, PayloadTooLargeError
 from durable.instance import Payload
+from durable.outcomes import SoftTimeLimitExceeded
 from durable.sealing import Sealer
 from durable.validation import near, shown
 
@@ -93,7 +95,7 @@ class Codec:
                 if name == "msgpack":
                     _check_msgpack_keys(value, what, 0)
                 _, _, body = kombu_serialization.dumps(value, serializer=name)
-        except PayloadError:
+        except (PayloadError, SoftTimeLimitExceeded):
             raise
         except Exception as error:
             raise PayloadError(
@@ -109,6 +111,8 @@ class Codec:
         if self.compression is not None and len(data) >= COMPRESS_FROM:
             packed, _ = kombu_compression.compress(data, self.compression)
             return self._sealer.seal(Payload(f"{name}+{self.compression}", packed))
+        if interruption.late:
+            interruption.raise_late()
         return self._sealer.seal(Payload(name, data))
 
     def decode(self, type_name: str, body: bytes, what: str = "payload") -> Any:
@@ -138,6 +142,8 @@ class Codec:
             # kombu marks the types JSON lacks with these two keys; without them nothing is to be restored.
             typed = b'"__type__"' in data or b'"__bytes__"' in data
             return _json_decode(data.decode()) if typed else _plain_json_decode(data)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
             raise CorruptRowError(f"{what} is not valid {type_name}: {_cause(error)}") from error
 

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, Never, ParamSpec, Protocol, TypeVar
 
-from durable import validation
+from durable import interruption, validation
 from durable.errors import DefinitionError, ValidationError
 from durable.insertion import OPTION_NAMES, InsertOptions, apply_options
 from durable.instance import NewInstance, Payload
@@ -141,6 +141,7 @@ class Task(Generic[P, R]):
         """Its generation; a worker runs only instances of exactly this one."""
         return self.options.version
 
+    @interruption.transparent
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from durable import celery_signals as hooks
+from durable import forks
 from durable.containment import is_contained
 from durable.context import Context
 from durable.task import Task
@@ -71,7 +72,7 @@ def ended(
 
 def _call(task: Task[..., Any], name: str, *values: Any) -> None:
     try:
-        getattr(task, name)(*values)
+        forks.contained(getattr(task, name), *values)
     except BaseException as error:
         if not is_contained(error):
             raise

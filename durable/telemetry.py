@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from durable import forks
 from durable.containment import is_contained
 from durable.errors import ValidationError
 from durable.validation import near, shown
@@ -123,7 +124,7 @@ def emit(event: str, measurements: Mapping[str, Any], metadata: Mapping[str, Any
     measurements, metadata = MappingProxyType(measurements), MappingProxyType(metadata)
     for handler in handlers:
         try:
-            handler(event, measurements, metadata)
+            forks.contained(handler, event, measurements, metadata)
         except BaseException as error:
             if not is_contained(error):
                 raise
@@ -153,6 +154,13 @@ def on_process_stop(function: H) -> H:
 class _Process:
     role: str | None = None
 
+    def disown(self) -> None:
+        """In a child that user code forks: have no role, and so no end to tell of."""
+        _Process.role = None
+
+
+_process = forks.shared(_Process())
+
 
 @contextmanager
 def process(role: str) -> Iterator[None]:
@@ -175,7 +183,7 @@ def leave() -> None:
 def _call(hooks: list[Hook], role: str) -> None:
     for hook in hooks:
         try:
-            hook(role)
+            forks.contained(hook, role)
         except BaseException as error:
             if not is_contained(error):
                 raise

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import psycopg
 
+from durable import interruption
 from durable.callers import aaccept, accept
 from durable.errors import ValidationError
 from durable.sql import Statements
@@ -81,6 +82,8 @@ class Writer:
                     if inside:
                         raise
                     log.warning(_NOT_NOTIFIED, exc_info=True)  # it is committed: an error would have it done twice
+            if interruption.late:
+                interruption.raise_late()
             return value
         _refuse_timeout(write)
         with translated(self._sql.schema, callers=True):
@@ -99,6 +102,8 @@ class Writer:
                 wakeups = write.inside(value)
             for wakeup in wakeups:
                 run(theirs, self._sql, wakeup, foreign=True)
+        if interruption.late:
+            interruption.raise_late()
         return value
 
     async def awrite(self, write: Write[T], connection: Any = None, notify_in_transaction: bool = True) -> T:
@@ -121,6 +126,8 @@ class Writer:
                         await arun(own, self._sql, wakeup)
                 except psycopg.Error:
                     log.warning(_NOT_NOTIFIED, exc_info=True)
+            if interruption.late:
+                interruption.araise_late()
             return value
         _refuse_timeout(write)
         with translated(self._sql.schema, callers=True):
@@ -139,6 +146,8 @@ class Writer:
                 wakeups = write.inside(value)
             for wakeup in wakeups:
                 await arun(theirs, self._sql, wakeup, foreign=True)
+        if interruption.late:
+            interruption.araise_late()
         return value
 
     def _notify(self, write: Write[T], value: T) -> None:

@@ -5,6 +5,7 @@ Called by the app when it has no DSN, by whoever reconnects after an outage, and
 `holders`, and the keeper ends it. Does not restart a server by itself: `ensure` again does.
 
 A Server may be used from several threads and after a fork: what it holds is one file descriptor, which children share.
+A child that user code forks in a worker gives it up (forks.py); it gets its own when it asks for the server.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from durable import forks
 from durable.embedded import binaries, launch, processes
 from durable.embedded.client import Answer, Client, check_name
 from durable.embedded.layout import Layout
@@ -63,6 +65,11 @@ class Server:
         self._bindir = bindir
         self._settings = checked(settings or {})
         self._holding: int | None = None
+        forks.shared(self)
+
+    def disown(self) -> None:
+        """In a child that user code forks: hold nothing, since it may outlive its parent."""
+        self.release()
 
     def ensure(self, database: str = "durable") -> str:
         """Start or join the server, make `database` if it is missing, and use the server from now on.

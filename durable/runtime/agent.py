@@ -29,6 +29,7 @@ from typing import Any
 
 import psycopg
 
+from durable import forks
 from durable.app import Durable
 from durable.runtime import identity, limits, reporting
 from durable.runtime.gc import collect
@@ -122,8 +123,8 @@ class Agent:
 
     def run(self) -> int:
         """Serve until the supervisor says stop; return the exit code."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        forks.ignore(signal.SIGTERM)
+        forks.ignore(signal.SIGINT)
         try:
             self._start()
             while not self._stopping or self._deaths:

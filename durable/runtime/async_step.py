@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from durable import forks
 from durable.app import Durable
 from durable.around import around
 from durable.context import Context, Transaction, entered
@@ -21,7 +22,7 @@ from durable.errors import CorruptRowError
 from durable.instance import Claimed
 from durable.machine import MachineDefinition
 from durable.outcomes import Next, ScheduleChildren
-from durable.runtime import reporting
+from durable.runtime import reporting, soft_limit
 from durable.runtime.async_connections import Aside, AsyncConnections
 from durable.runtime.coroutines import contained, outlast
 from durable.runtime.executor import Executor
@@ -154,7 +155,7 @@ class AsyncExecutor:
         claimed, app = execution.claimed, self._app
         try:
             step, data, state = self._machines.loaded(claimed, definition)
-            machine = definition.cls()
+            machine = forks.contained(definition.cls)
         except BaseException as error:  # without a state or an object there is no `handle` to ask
             log_failure(log, claimed, error)
             return failed(claimed, error)
@@ -207,6 +208,7 @@ class AsyncExecutor:
             value, error = await outlast(execution.task)
         finally:
             execution.task = None
+            soft_limit.take_back()
         if error is not None:
             raise error
         return value

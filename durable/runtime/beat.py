@@ -14,6 +14,7 @@ import time
 
 import psycopg
 
+from durable import forks
 from durable.app import Durable
 from durable.celery_signals import beat_init
 from durable.containment import contain_logging
@@ -66,6 +67,7 @@ class Beat:
 
     def run(self) -> int:
         """Beat until SIGTERM or SIGINT; return the exit code."""
+        forks.begin()
         self.heed_signals()
         contain_logging()
         log.info("beat %s starts", self._name)
@@ -88,7 +90,7 @@ class Beat:
     def heed_signals(self) -> None:
         """Let SIGTERM and SIGINT end it in order; before anything tells the world that it lives."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
+            forks.handle(number, lambda *_: self.stop())
         signal.set_wakeup_fd(-1)
 
     def stop(self) -> None:

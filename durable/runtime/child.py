@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from durable import django_support, task_hooks, telemetry
+from durable import django_support, forks, task_hooks, telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
@@ -51,11 +51,11 @@ class Stop:
 
     def listen(self) -> None:
         """Install the handlers: SIGTERM drains, RETIRE without hurry, SIGQUIT stops now, SIGINT is the supervisor's."""
-        signal.signal(signal.SIGTERM, lambda *_: self._stop(self._drain_timeout))
-        signal.signal(signal.SIGQUIT, lambda *_: self._stop(0.0))
-        signal.signal(RETIRE, lambda *_: self._stop(math.inf))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        forks.handle(signal.SIGTERM, lambda *_: self._stop(self._drain_timeout))
+        forks.handle(signal.SIGQUIT, lambda *_: self._stop(0.0))
+        forks.handle(RETIRE, lambda *_: self._stop(math.inf))
+        forks.ignore(signal.SIGINT)
+        forks.ignore(signal.SIGHUP)
 
     def retire(self) -> None:
         """Drain, as if asked to from outside."""
@@ -114,6 +114,8 @@ def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: S
     """Be a worker process in a place until told to stop; return the exit code."""
     kind, queue, bell = place.kind, place.queue, place.bell
     sys.setswitchinterval(SWITCH_INTERVAL)
+    forks.shared(seats)
+    forks.shared(seat)
     stop = Stop(drain_timeout, bell)
 
     def leave() -> None:
@@ -158,6 +160,7 @@ def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: S
     worker_process_init.send(name)
     if not _started(app):
         return 70
+    soft_limit.guard_handlers()
     thread = threading.Thread(target=serve, name="durable-engine", daemon=True)
     thread.start()
     engine.slot.run()
@@ -180,7 +183,7 @@ def _started(app: Durable) -> bool:
     """Call the functions marked `on_process_start`; False when one raised."""
     for function in app.process_starts:
         try:
-            function()
+            forks.contained(function)
         except BaseException as error:
             log.critical("this worker process ends: %r, marked on_process_start, raised", function, exc_info=error)
             return False
@@ -191,6 +194,6 @@ def _stopped(app: Durable) -> None:
     """Call the functions marked `on_process_stop`."""
     for function in app.process_stops:
         try:
-            function()
+            forks.contained(function)
         except BaseException:
             log.exception("%r, marked on_process_stop, raised", function)

@@ -10,12 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import os
+import select
+import selectors
+import sys
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+from durable import forks, interruption
 from durable.containment import is_contained
 from durable.context import current
 
@@ -30,12 +35,18 @@ _made: ContextVar[Tasks | None] = ContextVar("durable_made", default=None)
 _UNSET = object()
 
 
+@interruption.transparent
 async def contained(call: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[Any, BaseException | None]:
     """Return what a coroutine returns, or what it raises: a loop that runs this task is not ended by SystemExit."""
     try:
-        return await call(), None
+        value = await call()
     except BaseException as error:
+        if forks.strayed:
+            forks.end(error)
         return None, error
+    if forks.strayed:
+        forks.end()
+    return value, None
 
 
 async def outlast(future: asyncio.Future[Any]) -> Any:
@@ -103,6 +114,12 @@ class CoroutineRunner:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._made: Tasks = weakref.WeakSet()
+        forks.shared(self)
+
+    def disown(self) -> None:
+        """In a child that user code forks: nothing runs on the loop any more."""
+        if self._loop is not None:
+            leave(self._loop)
 
     def run(self, coroutine: Any) -> Any:
         """Return what the coroutine returns; raises what it raises."""
@@ -128,6 +145,8 @@ class CoroutineRunner:
             try:
                 loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:
+                if forks.strayed:
+                    forks.end(error)
                 if not is_contained(error):
                     self._end_tasks(loop, [task, *self._made])
                     raise
@@ -178,3 +197,20 @@ def log_left(tasks: list[asyncio.Task[Any]]) -> None:
     step = "a step" if context is None else f"instance {context.id}, step {context.step!r} of {context.name},"
     names = ", ".join(task.get_name() for task in tasks[:5])
     log.warning("%s left %d asyncio tasks running; they are cancelled: %s", step, len(tasks), names)
+
+
+def leave(loop: asyncio.AbstractEventLoop) -> None:
+    """In a child that user code forks: have a loop run nothing more, and share nothing with the parent's.
+
+    Other tasks of the loop are steps of other instances. A child that waits on the loop would run them.
+    """
+    for handle in [*getattr(loop, "_ready", ()), *getattr(loop, "_scheduled", ())]:
+        handle.cancel()
+    loop.call_soon(forks.end, RuntimeError("a child forked in an async step has no event loop: it can't await"))
+    selector = getattr(loop, "_selector", None)
+    if sys.platform == "linux" and isinstance(selector, selectors.EpollSelector):
+        # A file descriptor that is closed here would be taken off the parent's list too: the two share it.
+        with select.epoll() as fresh:
+            os.dup2(fresh.fileno(), selector.fileno(), inheritable=False)
+    forks.silence(*[end.fileno() for name in ("_ssock", "_csock") if (end := getattr(loop, name, None)) is not None])
+    asyncio.set_event_loop(None)

@@ -9,10 +9,13 @@ not found yet.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from durable import forks, interruption
 from durable.instance import Claimed
 from durable.outcomes import SoftTimeLimitExceeded
 
@@ -36,6 +39,7 @@ class Interrupter:
         self._soft_at: float | None = None
         self._seconds = 0.0
 
+    @interruption.boundary
     def run(self, call: Callable[[], Any], seconds: float | None, now: float) -> Any:
         """Return what user code returns; raises what it raises, or what interrupts it. `seconds`: its soft limit."""
         self._seconds = seconds or 0.0
@@ -43,7 +47,14 @@ class Interrupter:
         self._note = None
         self._open = True
         try:
-            return call()
+            value = call()
+            if forks.strayed:
+                forks.end()
+            return value
+        except BaseException as error:
+            if forks.strayed:
+                forks.end(error)
+            raise
         finally:
             while self._open:  # here, not in `_close`: a note may be found as soon as that is entered
                 try:
@@ -57,15 +68,35 @@ class Interrupter:
                 self._leave_note(None)
             self._soft_at = None
             self._open = False
+            if interruption.late:
+                interruption.late.pop(self._thread, None)
 
     def look(self, now: float) -> None:
-        """Watch: interrupt user code that is beyond its soft limit."""
+        """Watch: interrupt user code that is beyond its soft limit; a call of ours comes to its end first."""
         soft_at = self._soft_at
-        if soft_at is not None and now >= soft_at:
-            with self._lock:
-                if self._soft_at is not None and self._open:
-                    self._soft_at = None
-                    self._interrupt(SoftTimeLimitExceeded, self._seconds)
+        if soft_at is None or now < soft_at:
+            return
+        with self._lock:
+            if self._soft_at is None or not self._open:
+                return
+            if now < soft_at + interruption.LONGEST_DELAY:
+                time.sleep(0)  # so that this thread keeps the GIL until it has looked and left its note
+                if self._in_our_code():
+                    interruption.late[self._thread] = self._expired
+                    return
+            self._soft_at = None
+            self._interrupt(SoftTimeLimitExceeded, self._seconds)
+
+    def _in_our_code(self) -> bool:
+        return interruption.in_our_code(sys._current_frames().get(self._thread))
+
+    def _expired(self) -> SoftTimeLimitExceeded | None:
+        """The thread itself: return the interruption that is due."""
+        with self._lock:
+            if self._soft_at is None or not self._open:
+                return None
+            self._soft_at = None
+            return SoftTimeLimitExceeded(self._seconds)
 
     def give_up(self) -> None:
         """Watch: interrupt user code that was given up."""

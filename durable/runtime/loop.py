@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+from durable import forks
 from durable.containment import is_contained
-from durable.runtime.coroutines import CoroutineRunner, adopt, contained, log_exit
+from durable.runtime.coroutines import CoroutineRunner, adopt, contained, leave, log_exit
 
 
 class LoopRunner(CoroutineRunner):
@@ -18,6 +19,11 @@ class LoopRunner(CoroutineRunner):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
+
+    def disown(self) -> None:
+        """In a child that user code forks: nothing runs on the loop any more."""
+        if not self.loop.is_closed():
+            leave(self.loop)
 
     def run(self, coroutine: Any) -> Any:
         """Return what the coroutine returns; raises what it raises. Not for the loop's own thread."""
@@ -54,6 +60,8 @@ class LoopRunner(CoroutineRunner):
             try:
                 self.loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:
+                if forks.strayed:
+                    forks.end(error)
                 if not is_contained(error):
                     raise
                 log_exit(error)

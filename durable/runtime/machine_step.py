@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
+from durable import forks
 from durable.app import Durable
 from durable.around import around
 from durable.canvas import BUILT_IN
@@ -29,7 +30,7 @@ from durable.outcomes import (
     step_name,
 )
 from durable.retry import default_backoff
-from durable.runtime import reporting
+from durable.runtime import reporting, soft_limit
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import Within
@@ -57,7 +58,7 @@ class MachineRunner:
         """Run the step of a claimed row and return its outcome."""
         try:
             step, data, state = self.loaded(claimed, definition)
-            machine = definition.cls()
+            machine = forks.contained(definition.cls)
         except BaseException as error:  # without a state or an object there is no `handle` to ask
             log_failure(log, claimed, error)
             return failed(claimed, error)
@@ -125,9 +126,10 @@ class MachineRunner:
                 handle: Callable[[], Any] = partial(machine.handle, error, context)
                 if self._managers:
                     handle = self.inside(context, inspect.iscoroutinefunction(machine.handle), handle)
-                value = handle()
+                value = forks.contained(handle)
                 if inspect.iscoroutine(value):
                     value = self._coroutines.run(value)
+            soft_limit.take_back()
             commit = self.outcome(claimed, definition, context, value)
         except StepAgain:
             raise

@@ -18,6 +18,7 @@ import asyncio
 import contextvars
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
+from durable import forks
 from durable.app import Durable
 from durable.instance import Claimed
 from durable.runtime import reporting
@@ -160,7 +162,7 @@ class ManySlots:
             # Daemons: one that is stuck in a step does not keep the process.
             thread = threading.Thread(target=self._guarded, args=(body,), name=f"durable-slot-{number}", daemon=True)
             thread.start()
-        self._coroutines.serve(self._until_over)
+        forks.contained(self._coroutines.serve, self._until_over)
         self._closed = True
         self.close()
 
@@ -190,7 +192,7 @@ class ManySlots:
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
-            body()
+            forks.contained(body)
         except BaseException as error:
             self._failed(error)
 
@@ -318,7 +320,7 @@ class ManySlots:
         return None
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await self._in_thread(self._aside_threads, function, *args)
+        return await self._in_thread(self._aside_threads, forks.contained, function, *args)
 
     async def _aside_connections(self, function: Callable[..., Any], *args: Any) -> Any:
         return await self._in_thread(self._connection_threads, function, *args)
@@ -367,6 +369,8 @@ class ManySlots:
                 self._roster.enter(step.index, claimed.id, claimed.token, time.monotonic(), limit_at or 0.0)
 
     def _leave(self, step: Running, commit: Commit | None) -> None:
+        if forks.strayed:
+            forks.end(sys.exception())  # the rest of this process is the parent's
         with self._lock:
             step.done = True
             if step.given_up:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from durable import forks
+
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -22,7 +24,8 @@ def fork(body: Callable[[], int], title: str) -> int:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    with forks.own():
+        pid = os.fork()
     if pid == 0:
         _child(body, title, parent)
     return pid
@@ -31,9 +34,9 @@ def fork(body: Callable[[], int], title: str) -> int:
 def _child(body: Callable[[], int], title: str, parent: int) -> NoReturn:
     code = 70
     try:
+        forks.default_signals()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
         die_with_parent(parent)
         name_process(title)
         random.seed()

@@ -38,6 +38,11 @@ class Roster:
         self._integers: memoryview[int] = view.cast("q")
         self._floats: memoryview[float] = view.cast("d")
 
+    def disown(self) -> None:
+        """In a child that user code forks: go on with a private copy."""
+        view = memoryview(bytearray(self._memory))
+        self._integers, self._floats = view.cast("q"), view.cast("d")
+
     def clear(self) -> None:
         """Empty it for a new child."""
         self._memory[:] = bytes(len(self._memory))

@@ -29,6 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from durable import forks
 from durable.runtime.roster import Roster
 
 STARTING, IDLE, BUSY = 0, 1, 2
@@ -70,6 +71,11 @@ class SharedSeats:
         for queue, processes in enumerate(started):
             self.want(queue, processes)
 
+    def disown(self) -> None:
+        """In a child that user code forks: go on with a private copy."""
+        view = memoryview(bytearray(self._memory))
+        self._integers, self._floats = view.cast("q"), view.cast("d")
+
     def seat(self, index: int) -> Seat:
         """Return seat number `index`."""
         return Seat(self._integers, self._floats, index * _FIELDS, self._rosters.get(index))
@@ -106,7 +112,7 @@ class SharedSeats:
 class Seat:
     """One child's fields; see the module's head for who writes which."""
 
-    __slots__ = ("_base", "_floats", "_integers", "roster")
+    __slots__ = ("__weakref__", "_base", "_floats", "_integers", "roster")
 
     def __init__(
         self, integers: memoryview[int], floats: memoryview[float], base: int, roster: Roster | None = None
@@ -115,6 +121,14 @@ class Seat:
         self._floats = floats
         self._base = base
         self.roster = roster
+
+    def disown(self) -> None:
+        """In a child that user code forks: go on with a private copy."""
+        start = self._base
+        view = memoryview(bytearray(self._integers[start : start + _FIELDS].tobytes()))
+        self._integers, self._floats, self._base = view.cast("q"), view.cast("d"), 0
+        if self.roster is not None:
+            self.roster.disown()
 
     def clear(self) -> None:
         """Empty the seat for a new child."""
@@ -244,6 +258,11 @@ class Bell:
         self.reader, self._writer = os.pipe()
         os.set_blocking(self.reader, False)
         os.set_blocking(self._writer, False)
+        forks.shared(self)
+
+    def disown(self) -> None:
+        """In a child that user code forks: neither ring nor hear the parent, nor keep its pipe open."""
+        forks.silence(self.reader, self._writer)
 
     def ring(self) -> None:
         """Wake the reader."""

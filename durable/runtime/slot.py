@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from durable import forks
 from durable.instance import Claimed
 from durable.runtime import reporting
 from durable.runtime.backoff import Backoff
@@ -70,6 +71,8 @@ class Slot:
             enter(claimed, started)
             self.running = True
             commit = step(claimed)
+            if forks.strayed:
+                forks.end()  # the rest of this loop is the parent's
             self.running = False
             if commit is not None:
                 outbox.hand_over(commit)

@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 import psycopg
 from psycopg.rows import tuple_row
 
+from durable import forks
 from durable.app import Durable
 from durable.errors import ConnectionUsageError, DurableError
 from durable.instance import Claimed
@@ -173,6 +174,11 @@ class StepConnections:
 
     def lend(self, asynchronous: bool, *, wait: bool = True) -> Lent:
         """Lend a connection inside a fresh transaction; waits for one. Raises StepAgain when none is to be had."""
+        if forks.strayed:
+            raise ConnectionUsageError(
+                "ctx.connection belongs to the process that runs the step, not to one that the step has forked: "
+                "open a connection of your own here"
+            )
         if not self._free.acquire(blocking=wait):
             raise StepAgain("no step connection is free")
         try:

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from durable import django_support, telemetry
+from durable import django_support, forks, telemetry
 from durable.app import Durable
 from durable.celery_signals import worker_init, worker_ready, worker_shutdown
 from durable.containment import contain_logging
@@ -92,13 +92,16 @@ class Supervisor:
     def run(self) -> int:
         """Run until stopped by a signal; return the exit code. After SIGHUP it replaces itself by a fresh one."""
         django_support.close_all()  # a pool of them is threads, too
+        forks.begin()
+        forks.shared(self._seats)
+        forks.shared(self)
         if threading.active_count() > 1:
             log.warning(
                 "importing the app started threads; forking with threads is unsafe, start them in tasks instead"
             )
         contain_logging(SoftTimeLimitExceeded, HardTimeLimitExceeded)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
-            signal.signal(number, self._heard)
+            forks.handle(number, self._heard)
         worker_init.send(self._name)
         gc.collect()
         for found in open_connections():
@@ -122,6 +125,10 @@ class Supervisor:
             log.warning("worker %s starts afresh", self._name)
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again
         return 0
+
+    def disown(self) -> None:
+        """In a child that user code forks: neither write to the agent nor keep its pipe open."""
+        forks.silence(self._inbox, self._to_agent)
 
     def _heard(self, number: int, _frame: object) -> None:
         self._signals.append(number)
@@ -320,7 +327,9 @@ class Supervisor:
         app, name, drain_timeout = self._app, self._name, self._app.conf.drain_timeout
         place.forked_at = time.monotonic()
         place.pid = self._fork(
-            lambda: run_child(app, place, name, seats, seat, drain_timeout), f"durable:{place.queue}", "worker"
+            lambda: self._without_agent(lambda: run_child(app, place, name, seats, seat, drain_timeout)),
+            f"durable:{place.queue}",
+            "worker",
         )
         seat.pid = place.pid
 
@@ -336,11 +345,19 @@ class Supervisor:
 
     def _be_agent(self, agent: Agent) -> int:
         os.close(self._to_agent)
+        self._to_agent = -1
         return agent.run()
 
     def _fork_beat(self) -> None:
         app, name = self._app, self._name
-        self._beat_pid = self._fork(lambda: Beat(app, name).run(), "durable:beat", "beat")
+        self._beat_pid = self._fork(lambda: self._without_agent(lambda: Beat(app, name).run()), "durable:beat", "beat")
+
+    def _without_agent(self, body: Callable[[], int]) -> int:
+        """Be a child that has nothing to say to the agent: its pipe ends with the supervisor."""
+        os.close(self._inbox)
+        os.close(self._to_agent)
+        self._inbox = self._to_agent = -1
+        return body()
 
     def _fork(self, body: Callable[[], int], title: str, role: str) -> int:
         def be() -> int:

@@ -16,7 +16,7 @@ from durable.errors import CorruptRowError, DurableError, OutcomeError, PayloadE
 from durable.instance import Claimed
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, Stop
 from durable.retry import default_backoff
-from durable.runtime import reporting
+from durable.runtime import reporting, soft_limit
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.failures import error_json, failed, log_failure, stopped
 from durable.runtime.soft_limit import Within
@@ -60,8 +60,10 @@ class TaskRunner:
         if not observed(task):
             return self._step(claimed, task, context, args, kwargs)[0]
         begun(task, context, args, kwargs)
+        soft_limit.take_back()
         commit, value, problem = self._step(claimed, task, context, args, kwargs)
         ended(task, context, args, kwargs, commit.status, value, problem)
+        soft_limit.take_back()
         return commit
 
     def _step(

@@ -17,6 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 import psycopg
 
+from durable import interruption
+
 C = TypeVar("C", bound=psycopg.Connection[Any])
 Waiting = Generator[Any, Any, Any]
 
@@ -50,6 +52,7 @@ class _Bound:
         waited = time.monotonic() - began
         raise NoAnswerError(f"the server did not answer within {waited:.2g} s; the connection is closed")
 
+    @interruption.transparent
     def _bounded(self, waiting: Waiting) -> Waiting:
         """Pass psycopg's generator on, and check the clock whenever it has to wait again."""
         began = time.monotonic()
@@ -68,6 +71,7 @@ class _Bound:
 class BoundedConnection(psycopg.Connection[Any], _Bound):
     """A sync connection with bounded waits; see `open_bounded`."""
 
+    @interruption.transparent
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(self._bounded(gen), *args, **kwargs)
 
@@ -80,6 +84,7 @@ class BoundedConnection(psycopg.Connection[Any], _Bound):
 class AsyncBoundedConnection(psycopg.AsyncConnection[Any], _Bound):
     """An async connection with bounded waits. Bound its `connect` by `asyncio.timeout`."""
 
+    @interruption.transparent
     async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return await super().wait(self._bounded(gen), *args, **kwargs)
 

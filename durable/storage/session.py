@@ -23,6 +23,7 @@ from durable.errors import CallTimeoutError, DatabaseUnavailableError, DurableEr
 from durable.sql import Statements
 from durable.storage import arrays
 from durable.storage.bounded import AsyncBoundedConnection, BoundedConnection, NoAnswerError, open_bounded
+from durable.storage.opened import opened
 
 UNDONE = (pg_errors.DeadlockDetected, pg_errors.SerializationFailure)
 """Errors that say that a transaction was rolled back in favour of another one: it may be repeated as it was."""
@@ -259,7 +260,7 @@ def set_up(
     connection: BoundedConnection, *, pinned: bool = False, pooler: bool = False, lock_timeout: float = 0.0
 ) -> None:
     """Give a new connection our types and our session settings, in one round trip; arguments as in `connect`."""
-    arrays.register(connection.adapters)
+    arrays.register(opened(connection).adapters)
     if pooler:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.lock_timeout = lock_timeout
@@ -276,7 +277,7 @@ def set_up(
 
 async def aset_up(connection: AsyncBoundedConnection, *, pooler: bool = False) -> None:
     """`set_up` for coroutines."""
-    arrays.register(connection.adapters)
+    arrays.register(opened(connection).adapters)
     if pooler:
         await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         return

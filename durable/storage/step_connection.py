@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from durable.errors import ConnectionUsageError
 from durable.storage import arrays
 from durable.storage.bounded import AsyncBoundedConnection, BoundedConnection, NoAnswerError, open_bounded
+from durable.storage.opened import opened
 from durable.storage.session import PATIENCE, Operation, connection_defaults
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def open_step_connection(
         application_name=name[:60],
         **connection_defaults(timeout, pooler=pooler),
     )
-    arrays.register(connection.adapters)
+    arrays.register(opened(connection).adapters)
     return connection
 
 
@@ -120,7 +121,7 @@ async def aopen_step_connection(
             connection = await AsyncStepConnection.connect(dsn, application_name=name[:60], **defaults)
     except TimeoutError as error:
         raise NoAnswerError(f"connection timeout: no answer within {max(timeout, patience):g} s") from error
-    arrays.register(connection.adapters)
+    arrays.register(opened(connection).adapters)
     return connection
 
 

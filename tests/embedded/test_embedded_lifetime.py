@@ -9,6 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from durable import forks
 from durable.embedded import Server, binaries
 from durable.embedded.client import Client
 
@@ -157,6 +158,22 @@ def test_a_forked_child_keeps_the_hold_that_its_parent_released(make_server):
     os.close(writer)
     os.waitpid(child, 0)
     assert looking.status().holders is False
+
+
+def test_child_of_a_step_holds_no_server(make_server):
+    def step():
+        forks.begin()
+        server, looking = make_server(), make_server()
+        server.ensure()
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+        server.release()
+        return looking.status().holders is False
+
+    assert run_in_child(step)
 
 
 def test_a_child_that_releases_does_not_take_its_parents_hold_away(make_server):

@@ -23,14 +23,11 @@ def coroutines() -> Iterator[CoroutineRunner]:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The alarm, without taking it from pytest-timeout for longer than the test."""
-    before = signal.getsignal(signal.SIGALRM)
-    timer = signal.setitimer(signal.ITIMER_REAL, 0)
-    monkeypatch.setattr(soft_limit, "_installed", False)
+    """The alarm, for the test alone."""
+    monkeypatch.setattr(soft_limit, "_alarm", None)
     soft_limit.install()
     yield
-    signal.signal(signal.SIGALRM, before)
-    signal.setitimer(signal.ITIMER_REAL, *timer)
+    signal.signal(soft_limit.RING, signal.SIG_IGN)
 
 
 @pytest.mark.usefixtures("installed")
@@ -52,8 +49,8 @@ def test_a_sync_step_is_interrupted_where_it_is(coroutines: CoroutineRunner) -> 
 @pytest.mark.usefixtures("installed")
 def test_nothing_is_interrupted_after_the_step(coroutines: CoroutineRunner) -> None:
     assert soft_limit.within(0.02, coroutines, False, lambda: "quick") == "quick"
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    soft_limit._ring(signal.SIGALRM, None)  # an alarm that was under way
+    signal.raise_signal(soft_limit.RING)  # one that was under way
+    assert soft_limit.within(5, coroutines, False, lambda: signal.raise_signal(soft_limit.RING)) is None
 
 
 @pytest.mark.usefixtures("installed")
