@@ -23,9 +23,9 @@ SENT, DONE = "signals sent", "signals sent, their targets woken and done"
 DELIVER = """
 WITH stored AS (
     INSERT INTO {schema}.signals (target_id, name, payload_type, payload) VALUES (%(id)s, 'wake', 'json', '1')
-    RETURNING target_id
+    RETURNING id, target_id
 )
-UPDATE {schema}.instances AS i SET status = 'runnable', inbox = true, eligible_at = clock_timestamp()
+UPDATE {schema}.instances AS i SET status = 'runnable', inbox = stored.id, eligible_at = clock_timestamp()
 FROM stored WHERE i.id = stored.target_id"""
 
 

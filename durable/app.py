@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from durable import dsn as dsn_module
 from durable import interruption, validation
 from durable.batch import Batch, collecting
-from durable.children import Children
+from durable.children import Child, Children, acollect
 from durable.config import Config
+from durable.context import Signal, signals_of
 from durable.control import Control, QueueControl, delivering
 from durable.eager import Eager
 from durable.errors import ValidationError
@@ -33,7 +34,7 @@ from durable.sealing import Sealer
 from durable.serialization import Codec
 from durable.signatures import Signature
 from durable.sql import Statements
-from durable.storage import instances, migrations
+from durable.storage import instances, migrations, signals
 from durable.storage.pool import ProducerPool
 from durable.storage.session import Operation, Row, arun, connect, run, run_repeatedly
 from durable.task import Task
@@ -252,7 +253,8 @@ class Durable(Registry, QueueControl):
     def retry(self, instance_id: int) -> bool:
         """Have a failed instance go on from its failed step, under the same id; False when it is not failed.
 
-        Its attempts begin again, its inbox is empty, a parent that counted its failure does not count it again.
+        Its attempts begin again. The step is shown the signals that it was shown when it failed, and those that came
+        since. A parent that counted its failure does not count it again.
         Raises DuplicateError when its correlation key is occupied by another.
         """
         return self._control.retry(instance_id)
@@ -290,13 +292,7 @@ class Durable(Registry, QueueControl):
 
     async def afetch(self, instance_id: int) -> Snapshot | None:
         """`fetch` for coroutines."""
-        if self._pool.borrowed is not None:
-            return self.fetch(instance_id)
-        async with self._pool.aconnection() as connection:
-            found = await arun(connection, self.sql, instances.snapshot(instance_id))
-        if interruption.late:
-            interruption.araise_late()
-        return found
+        return await self.arun(instances.snapshot(instance_id))
 
     def wait_for(self, instance_id: int) -> Future[Snapshot]:
         """Return a future of the finished snapshot."""
@@ -320,6 +316,22 @@ class Durable(Registry, QueueControl):
         """Return rows of an instance's children with ids above `after`, of one round or (None) of all, for Children."""
         return self.run(instances.children(instance_id, children_round, after, limit))
 
+    async def achildren_of(self, instance_id: int) -> list[Child]:
+        """Return an instance's children of every round, live and finished."""
+        return await acollect(partial(self.aread_children, instance_id, None), self.codec.decode)
+
+    async def aread_children(self, instance_id: int, children_round: int | None, after: int, limit: int) -> list[Row]:
+        """`read_children` for coroutines."""
+        return await self.arun(instances.children(instance_id, children_round, after, limit))
+
+    def unread_of(self, instance_id: int) -> list[Signal]:
+        """Return the signals of a finished instance that no step was shown."""
+        return signals_of(self.run(signals.unread(instance_id)), self.codec.decode)
+
+    async def aunread_of(self, instance_id: int) -> list[Signal]:
+        """`unread_of` for coroutines."""
+        return signals_of(await self.arun(signals.unread(instance_id)), self.codec.decode)
+
     # Within
 
     def prepare(self, target: Any, options: Mapping[str, Any]) -> NewInstance:
@@ -332,6 +344,16 @@ class Durable(Registry, QueueControl):
             value = run(connection, self.sql, operation)
         if interruption.late:
             interruption.raise_late()
+        return value
+
+    async def arun(self, operation: Operation[T]) -> T:
+        """`run` for coroutines."""
+        if self._pool.borrowed is not None:
+            return self.run(operation)
+        async with self._pool.aconnection() as connection:
+            value = await arun(connection, self.sql, operation)
+        if interruption.late:
+            interruption.araise_late()
         return value
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -58,8 +58,7 @@ class Children(Sequence[Child]):
                 yield child_of(row, self._decode)
             if len(page) < limit:
                 break
-            size = sum(len(row[4]) + len(row[6] or b"") for row in page)
-            after, limit = page[-1][0], max(PAGE, min(LARGEST_PAGE, PAGE_BYTES * limit // max(size, 1)))
+            after, limit = page[-1][0], _next_limit(page, limit)
 
     def _everything(self) -> list[Child]:
         if self._all is None:
@@ -71,3 +70,22 @@ class Children(Sequence[Child]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._everything()[index]
+
+
+async def acollect(
+    read: Callable[[int, int], Awaitable[list[Row]]], decode: Callable[[str, bytes, str], Any]
+) -> list[Child]:
+    """Return all children by id, read in pages by `read(after, limit)`. Raises CorruptRowError as `child_of`."""
+    found: list[Child] = []
+    after, limit = 0, PAGE
+    while page := await read(after, limit):
+        found += [child_of(row, decode) for row in page]
+        if len(page) < limit:
+            break
+        after, limit = page[-1][0], _next_limit(page, limit)
+    return found
+
+
+def _next_limit(page: Sequence[Row], limit: int) -> int:
+    size = sum(len(row[4]) + len(row[6] or b"") for row in page)
+    return max(PAGE, min(LARGEST_PAGE, PAGE_BYTES * limit // max(size, 1)))

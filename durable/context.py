@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,9 +15,9 @@ from functools import cached_property
 from typing import Any, Generic, NoReturn, Protocol
 
 from durable import validation
-from durable.children import Children
+from durable.children import Child, Children, acollect
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError, ValidationError
-from durable.instance import Claimed
+from durable.instance import Claimed, StoredSignal
 from durable.outcomes import RetryRequested, StepAgain
 from durable.storage import instances
 from durable.storage.claims import Commit
@@ -46,6 +47,21 @@ CANCEL_LOOK_AWAY = 1.0
 """Seconds after which a database that was away is asked again."""
 
 
+log = logging.getLogger("durable")
+_warned: set[str] = set()
+
+
+def blocks_loop(name: str, twin: str) -> None:
+    """Warn, once per process and name, that a call that asks the database is made on a running event loop."""
+    if asyncio._get_running_loop() is not None and name not in _warned:
+        _warned.add(name)
+        log.warning(
+            "%s was called on a running event loop, which stands still until the database answers; use `await %s`",
+            name,
+            twin,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Signal:
     """A message in an instance's inbox. `created_at` is the database's time of delivery."""
@@ -54,6 +70,19 @@ class Signal:
     name: str
     payload: Any
     created_at: datetime
+
+
+def signals_of(stored: Iterable[StoredSignal], decode: Callable[[str, bytes, str], Any]) -> list[Signal]:
+    """Return signals with their payloads decoded. Raises CorruptRowError for a payload that is not accepted."""
+    return [
+        Signal(
+            signal.id,
+            signal.name,
+            None if signal.payload_type is None else decode(signal.payload_type, signal.payload or b"", signal.name),
+            signal.created_at,
+        )
+        for signal in stored
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +182,7 @@ class Context(Generic[S]):
     @cached_property
     def all(self) -> list[Signal]:
         """The whole inbox, oldest first. Raises CorruptRowError for a payload this app does not accept."""
-        decode = self.app.codec.decode
-        return [
-            Signal(
-                signal.id,
-                signal.name,
-                None
-                if signal.payload_type is None
-                else decode(signal.payload_type, signal.payload or b"", signal.name),
-                signal.created_at,
-            )
-            for signal in self._claimed.signals
-        ]
+        return signals_of(self._claimed.signals, self.app.codec.decode)
 
     @cached_property
     def awaited(self) -> list[Signal]:
@@ -174,18 +192,38 @@ class Context(Generic[S]):
 
     @property
     def children(self) -> Children:
-        """The children of the latest round, however they ended."""
-        return self._children(self._claimed.children_round)
+        """The children of the latest round, however they ended. In `async def` steps use `achildren`."""
+        return self._children(self._claimed.children_round, "children")
 
     @property
     def children_all(self) -> Children:
-        """The children of every round that are not yet collected."""
-        return self._children(None)
+        """The children of every round that are not yet collected. In `async def` steps use `achildren_all`."""
+        return self._children(None, "children_all")
 
-    def _children(self, children_round: int | None) -> Children:
-        return Children(lambda after, limit: self._read_children(children_round, after, limit), self.app.codec.decode)
+    async def achildren(self) -> list[Child]:
+        """`children` for coroutines: all of them, by id."""
+        return await self._achildren(self._claimed.children_round)
 
-    def _read_children(self, children_round: int | None, after: int, limit: int) -> list[Row]:
+    async def achildren_all(self) -> list[Child]:
+        """`children_all` for coroutines: all of them, by id."""
+        return await self._achildren(None)
+
+    def _children(self, children_round: int | None, name: str) -> Children:
+        return Children(
+            lambda after, limit: self._read_children(children_round, name, after, limit), self.app.codec.decode
+        )
+
+    async def _achildren(self, children_round: int | None) -> list[Child]:
+        try:
+            return await acollect(
+                lambda after, limit: self.app.aread_children(self.id, children_round, after, limit),
+                self.app.codec.decode,
+            )
+        except DatabaseUnavailableError as error:
+            raise StepAgain(f"its children can't be read: {error}") from error
+
+    def _read_children(self, children_round: int | None, name: str, after: int, limit: int) -> list[Row]:
+        blocks_loop(f"ctx.{name}", f"ctx.a{name}()")
         try:
             return self.app.read_children(self.id, children_round, after, limit)  # type: ignore[no-any-return]
         except DatabaseUnavailableError as error:
@@ -230,18 +268,37 @@ class Context(Generic[S]):
         """Whether somebody has asked this instance to end, or the claim is lost: the outcome will not count.
 
         For long steps to look at now and then, and leave. A query on this process's producer connection, at most every
-        0.1 s (an async step's loop waits for it, about a millisecond); the answer holds in between, and a yes for ever.
-        False, with a warning in the log, while the database can't be reached.
+        0.1 s; the answer holds in between, and a yes for ever. False, with a warning in the log, while the database
+        can't be reached. In `async def` steps use `acancel_requested`, for which the event loop does not wait.
         """
-        now = time.monotonic()
-        if not self._cancel_requested and now >= self._cancel_look_at:
-            self._cancel_look_at = now + CANCEL_LOOK
+        if self._looks_for_cancel():
+            blocks_loop("ctx.cancel_requested", "ctx.acancel_requested()")
             try:
                 self._cancel_requested = self.app.run(instances.cancel_asked(self.id, self._claimed.token))
             except DatabaseUnavailableError as error:
-                self._cancel_look_at = time.monotonic() + CANCEL_LOOK_AWAY
-                self.log.warning("whether it is cancelled can't be asked: %s", error)
+                self._no_cancel_look(error)
         return self._cancel_requested
+
+    async def acancel_requested(self) -> bool:
+        """`cancel_requested` for coroutines."""
+        if self._looks_for_cancel():
+            try:
+                self._cancel_requested = await self.app.arun(instances.cancel_asked(self.id, self._claimed.token))
+            except DatabaseUnavailableError as error:
+                self._no_cancel_look(error)
+        return self._cancel_requested
+
+    def _looks_for_cancel(self) -> bool:
+        """Whether it is time to ask again; then the next time is set."""
+        now = time.monotonic()
+        if self._cancel_requested or now < self._cancel_look_at:
+            return False
+        self._cancel_look_at = now + CANCEL_LOOK
+        return True
+
+    def _no_cancel_look(self, error: DatabaseUnavailableError) -> None:
+        self._cancel_look_at = time.monotonic() + CANCEL_LOOK_AWAY
+        self.log.warning("whether it is cancelled can't be asked: %s", error)
 
     def never_cancelled(self) -> None:
         """The runner's: nobody can ask this one to end, so that the database is not asked whether somebody did."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
@@ -29,13 +29,19 @@ class Control:
         self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None = None
     ) -> bool:
         """Return whether there was anything to cancel."""
-        return self._writer.write(self._cancelling(target, reason, cascade, terminate, timeout)).found
+        marked = self._writer.write(self._marking(target, reason, terminate, timeout)) if cascade else None
+        if cascade and marked is None:
+            return False
+        return self._writer.write(self._cancelling(target, reason, marked, terminate, timeout)).found
 
     async def acancel(
         self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None = None
     ) -> bool:
         """`cancel` for coroutines."""
-        return (await self._writer.awrite(self._cancelling(target, reason, cascade, terminate, timeout))).found
+        marked = await self._writer.awrite(self._marking(target, reason, terminate, timeout)) if cascade else None
+        if cascade and marked is None:
+            return False
+        return (await self._writer.awrite(self._cancelling(target, reason, marked, terminate, timeout))).found
 
     def retry(self, instance_id: int) -> bool:
         """Return whether it was failed. Raises DuplicateError."""
@@ -81,15 +87,16 @@ class Control:
     def _ordering(self, operation: Callable[[], Operation[bool]]) -> Write[bool]:
         return Write(operation, lambda _: self._wakeups.orders(), lambda _: (), atomic=False)
 
+    def _marking(
+        self, target: int | str, reason: str | None, terminate: bool, timeout: float | None
+    ) -> Write[_Marked | None]:
+        operation = partial(_mark, _checked(target), _reason(reason), terminate)
+        return Write(operation, lambda _: (), lambda _: (), atomic=False, timeout=validation.call_timeout(timeout))
+
     def _cancelling(
-        self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None
+        self, target: int | str, reason: str | None, marked: _Marked | None, terminate: bool, timeout: float | None
     ) -> Write[Cancelled]:
-        text = "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
-        operation: Callable[[], Operation[Cancelled]]
-        if isinstance(target, str):
-            operation = partial(_cancel_key, validation.text(target, "correlation_key"), text, cascade, terminate)
-        else:
-            operation = partial(instances.cancel, validation.instance_id(target), text, cascade, terminate)
+        operation = partial(_cancel, _checked(target), _reason(reason), marked, terminate)
 
         def wakeups(done: Cancelled) -> list[Operation[Any]]:
             killing = self._wakeups.terminations() if terminate and done.running else []
@@ -102,11 +109,38 @@ class Control:
         return Write(operation, lambda ready: self._wakeups.became_ready(ready or {}), lambda _: (), atomic=False)
 
 
-def _cancel_key(key: str, reason: str, cascade: bool, terminate: bool) -> Operation[Cancelled]:
-    instance_id = yield from instances.occupant(key)
+class _Marked(NamedTuple):
+    """The target of a cascading cancel, and its mark."""
+
+    id: int
+    mark: int
+
+
+def _checked(target: int | str) -> int | str:
+    if isinstance(target, str):
+        return validation.text(target, "correlation_key")
+    return validation.instance_id(target)
+
+
+def _reason(reason: str | None) -> str:
+    return "cancelled" if reason is None else validation.text(reason, "reason", 16_384)
+
+
+def _mark(target: int | str, reason: str, terminate: bool) -> Operation[_Marked | None]:
+    """Mark the tree of an instance, or of the one that occupies a key; None: there is none."""
+    instance_id = (yield from instances.occupant(target)) if isinstance(target, str) else target
+    if instance_id is None:
+        return None
+    return _Marked(instance_id, (yield from instances.mark_cascade(instance_id, reason, terminate)))
+
+
+def _cancel(target: int | str, reason: str, marked: _Marked | None, terminate: bool) -> Operation[Cancelled]:
+    if marked is not None:
+        return (yield from instances.cancel(marked.id, reason, True, terminate, marked.mark))
+    instance_id = (yield from instances.occupant(target)) if isinstance(target, str) else target
     if instance_id is None:
         return Cancelled()
-    return (yield from instances.cancel(instance_id, reason, cascade, terminate))
+    return (yield from instances.cancel(instance_id, reason, False, terminate))
 
 
 def _asking_rival(instance_id: int) -> Write[tuple[str, int | None]]:

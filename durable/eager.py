@@ -23,7 +23,7 @@ from durable import task_hooks
 from durable.around import around
 from durable.canvas import NAME, Canvas, Definition
 from durable.children import Child
-from durable.context import Context, Transaction, entered
+from durable.context import Context, Signal, Transaction, entered
 from durable.errors import ConnectionUsageError, DurableError, NoTargetError, OutcomeError, TaskFailed, ValidationError
 from durable.instance import Claimed, NewInstance, Snapshot
 from durable.outcomes import OUTCOMES, Cancel, Done, Retry, RetryRequested, ScheduleChildren, Stop, step_name
@@ -48,6 +48,23 @@ class EagerResult(AsyncResult[Any]):
     def children(self) -> Any:
         """What a canvas ran, in order."""
         return [part.as_child() for part in self._parts]
+
+    async def asignal(self, name: str, payload: Any = None, *, dedup_key: str | None = None, **_: Any) -> bool:
+        """Raise NoTargetError: it is finished."""
+        return self.signal(name, payload, dedup_key=dedup_key)
+
+    async def achildren(self) -> list[Child]:
+        """What a canvas ran, in order."""
+        return list(self.children)
+
+    @property
+    def unread(self) -> list[Signal]:
+        """Empty: an eager run takes no signals."""
+        return []
+
+    async def aunread(self) -> list[Signal]:
+        """Empty: an eager run takes no signals."""
+        return []
 
     def as_child(self) -> Child:
         """This result as the canvas that waited for it sees it."""

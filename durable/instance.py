@@ -91,7 +91,8 @@ class Claimed(NamedTuple):
     queue: str
     parent_id: int | None = None
     children_round: int = 0
-    inbox: bool = False
+    inbox: int | None = None
+    """Id of the newest signal delivered when the row was claimed; None: it never had one."""
     awaits: Sequence[str] | None = None
     parent_round: int | None = None
     trace: str | None = None
@@ -100,6 +101,11 @@ class Claimed(NamedTuple):
     rate_limit: str | None = None
     signals: Sequence[StoredSignal] = ()
     """The inbox, loaded after the claim when `inbox` says there may be one."""
+
+    @property
+    def seen(self) -> int:
+        """Id of the newest signal that the step was shown, or could have been; 0 without signals."""
+        return max(self.inbox or 0, self.signals[-1].id if self.signals else 0)
 
     @property
     def reports_to(self) -> int | None:

@@ -65,9 +65,14 @@ class MachineOptions:
     serializer: str | None = None
     soft_time_limit: float | None = None
     time_limit: float | None = None
+    on_unread: str = "keep"
 
     def __post_init__(self) -> None:
         validation.text(self.name, "a machine's name")
+        if self.on_unread not in ("keep", "rerun"):
+            raise DefinitionError(
+                f"machine {self.name!r}: on_unread must be 'keep' or 'rerun', got {validation.shown(self.on_unread)}"
+            )
         validation.time_limits(self.soft_time_limit, self.time_limit, f"machine {self.name!r}")
         validation.queue(self.queue)
         validation.priority(self.priority)

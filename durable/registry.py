@@ -64,6 +64,7 @@ class MachineArguments(TypedDict, total=False):
     serializer: str | None
     soft_time_limit: float | None
     time_limit: float | None
+    on_unread: Literal["keep", "rerun"]
 
 
 Definition = canvas.Definition
@@ -205,6 +206,8 @@ class Registry(Surroundings, PeriodicWork):
         inline      whether a `Next` is run at once on the claim that is held
         serializer  of its states and results, instead of the setting
         soft_time_limit, time_limit  of each step, as of a task
+        on_unread   what a signal means that arrives while the last step runs: "keep" it beside the finished instance as
+                    unread, or "rerun" the step with it, instead of ending
         Returns the class. Raises DefinitionError, ValidationError for a wrong option or a name that is taken.
         """
         unknown = set(options) - MachineArguments.__annotations__.keys()

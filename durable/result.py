@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar
 
 from durable import interruption, validation
-from durable.children import Children
-from durable.context import current
+from durable.children import Child, Children
+from durable.context import Signal, blocks_loop, current
 from durable.errors import (
     DatabaseUnavailableError,
     DurableError,
@@ -85,11 +85,26 @@ class ResultSource(Protocol):
         dedup_key: str | None = None,
         timeout: float | None = None,
     ) -> bool: ...
+    async def asignal(
+        self,
+        target: int | str,
+        name: str,
+        payload: Any = None,
+        *,
+        dedup_key: str | None = None,
+        timeout: float | None = None,
+    ) -> bool: ...
     def children_of(self, instance_id: int) -> Children: ...
+    async def achildren_of(self, instance_id: int) -> list[Child]: ...
+    def unread_of(self, instance_id: int) -> list[Signal]: ...
+    async def aunread_of(self, instance_id: int) -> list[Signal]: ...
 
 
 class AsyncResult(Generic[R]):
-    """A handle on one instance, by id. Reading costs a query each time until the instance is finished."""
+    """A handle on one instance, by id. Reading costs a query each time until the instance is finished.
+
+    Everything that asks the database has a twin for coroutines, with an `a` before its name.
+    """
 
     def __init__(self, instance_id: int | None, source: ResultSource) -> None:
         self._id = instance_id
@@ -108,8 +123,13 @@ class AsyncResult(Generic[R]):
     def _settle(self, instance_id: int | None, missing: Callable[[], DurableError] | None = None) -> None:
         self._id, self._missing = instance_id, missing
 
-    def _snapshot(self) -> Snapshot | None:
+    def _snapshot(self, name: str) -> Snapshot | None:
+        if self._final is None:
+            blocks_loop(f"result.{name}", f"result.a{name.removesuffix('()')}()")
         return self._final or self._keep(self._source.fetch(self.id))
+
+    async def _asnapshot(self) -> Snapshot | None:
+        return self._final or self._keep(await self._source.afetch(self.id))
 
     def _keep(self, snapshot: Snapshot | None) -> Snapshot | None:
         if snapshot is not None and snapshot.status in TERMINAL:
@@ -119,46 +139,77 @@ class AsyncResult(Generic[R]):
     @property
     def status(self) -> str:
         """The instance's status, or `not_found` for an id that never existed or is gone."""
-        snapshot = self._snapshot()
-        return "not_found" if snapshot is None else snapshot.status
+        return _status(self._snapshot("status"))
+
+    async def astatus(self) -> str:
+        """`status` for coroutines."""
+        return _status(await self._asnapshot())
 
     @property
     def state(self) -> str:
         """`status` in Celery's words: PENDING STARTED RETRY SUCCESS FAILURE REVOKED; PENDING for what is not found."""
-        snapshot = self._snapshot()
-        if snapshot is None:
-            return "PENDING"
-        waits = "RETRY" if snapshot.error is not None else "STARTED" if snapshot.version else "PENDING"
-        return CELERY_STATES.get(snapshot.status, waits)
+        return _celery_state(self._snapshot("state"))
+
+    async def astate(self) -> str:
+        """`state` for coroutines."""
+        return _celery_state(await self._asnapshot())
 
     def ready(self) -> bool:
         """Whether it is finished: done, failed or cancelled."""
-        return self.status in TERMINAL
+        return _status(self._snapshot("ready()")) in TERMINAL
+
+    async def aready(self) -> bool:
+        """`ready` for coroutines."""
+        return _status(await self._asnapshot()) in TERMINAL
 
     def successful(self) -> bool:
         """Whether it ended `done`."""
-        return self.status == "done"
+        return _status(self._snapshot("successful()")) == "done"
+
+    async def asuccessful(self) -> bool:
+        """`successful` for coroutines."""
+        return _status(await self._asnapshot()) == "done"
 
     def failed(self) -> bool:
         """Whether it ended `failed`."""
-        return self.status == "failed"
+        return _status(self._snapshot("failed()")) == "failed"
+
+    async def afailed(self) -> bool:
+        """`failed` for coroutines."""
+        return _status(await self._asnapshot()) == "failed"
 
     @property
     def attempts(self) -> int:
         """Executions that counted as attempts so far; crashes and hand-backs excluded. 0 when not found."""
-        snapshot = self._snapshot()
+        snapshot = self._snapshot("attempts")
+        return 0 if snapshot is None else snapshot.version
+
+    async def aattempts(self) -> int:
+        """`attempts` for coroutines."""
+        snapshot = await self._asnapshot()
         return 0 if snapshot is None else snapshot.version
 
     @property
     def result(self) -> Any:
         """What it returned (for `Stop(reason)` the reason); None while it is not finished."""
-        snapshot = self._snapshot()
+        return self._result(self._snapshot("result"))
+
+    async def aresult(self) -> Any:
+        """`result` for coroutines."""
+        return self._result(await self._asnapshot())
+
+    def _result(self, snapshot: Snapshot | None) -> Any:
         return None if snapshot is None or snapshot.status not in TERMINAL else self._source.decode_result(snapshot)
 
     @property
     def error(self) -> TaskFailed | None:
         """The failure as an exception, not raised; None unless it ended failed or cancelled."""
-        snapshot = self._snapshot()
+        snapshot = self._snapshot("error")
+        return None if snapshot is None else _failure(snapshot)
+
+    async def aerror(self) -> TaskFailed | None:
+        """`error` for coroutines."""
+        snapshot = await self._asnapshot()
         return None if snapshot is None else _failure(snapshot)
 
     @interruption.transparent
@@ -172,8 +223,10 @@ class AsyncResult(Generic[R]):
         """
         _check_wait(allow_in_step)
         seconds = validation.timeout(timeout)
+        if self._final is None:
+            blocks_loop("result.get()", "result.aget()")
         if self._final is None and (seconds == 0 or time.monotonic() - self._made_at > PROBABLY_FINISHED):
-            self._snapshot()
+            self._keep(self._source.fetch(self.id))
         if self._final is None:
             waiter = self._source.wait_for(self.id)
             try:
@@ -215,11 +268,6 @@ class AsyncResult(Generic[R]):
             raise failure
         return self._source.decode_result(self._final)  # type: ignore[no-any-return]
 
-    async def astatus(self) -> str:
-        """`status` for coroutines."""
-        snapshot = self._final or self._keep(await self._source.afetch(self.id))
-        return "not_found" if snapshot is None else snapshot.status
-
     def cancel(
         self,
         reason: str | None = None,
@@ -229,6 +277,7 @@ class AsyncResult(Generic[R]):
         timeout: float | None = None,
     ) -> bool:
         """Cancel it, as `app.cancel` does. False when it is finished already."""
+        blocks_loop("result.cancel()", "result.acancel()")
         return self._source.cancel(self.id, reason, cascade=cascade, terminate=terminate, timeout=timeout)
 
     async def acancel(
@@ -244,6 +293,7 @@ class AsyncResult(Generic[R]):
 
     def retry(self) -> bool:
         """Have it go on from its failed step; as `app.retry`. This handle then follows the new run."""
+        blocks_loop("result.retry()", "result.aretry()")
         return self._followed(self._source.retry(self.id))
 
     async def aretry(self) -> bool:
@@ -259,12 +309,34 @@ class AsyncResult(Generic[R]):
         self, name: str, payload: Any = None, *, dedup_key: str | None = None, timeout: float | None = None
     ) -> bool:
         """Put a message into its inbox; as `app.signal`."""
+        blocks_loop("result.signal()", "result.asignal()")
         return self._source.signal(self.id, name, payload, dedup_key=dedup_key, timeout=timeout)
+
+    async def asignal(
+        self, name: str, payload: Any = None, *, dedup_key: str | None = None, timeout: float | None = None
+    ) -> bool:
+        """`signal` for coroutines."""
+        return await self._source.asignal(self.id, name, payload, dedup_key=dedup_key, timeout=timeout)
 
     @property
     def children(self) -> Children:
         """Its children of every round, live and finished."""
+        blocks_loop("result.children", "result.achildren()")
         return self._source.children_of(self.id)
+
+    async def achildren(self) -> list[Child]:
+        """`children` for coroutines: all of them, by id."""
+        return await self._source.achildren_of(self.id)
+
+    @property
+    def unread(self) -> list[Signal]:
+        """The signals that it accepted and no step was shown, oldest first; empty until it is finished."""
+        blocks_loop("result.unread", "result.aunread()")
+        return self._source.unread_of(self.id)
+
+    async def aunread(self) -> list[Signal]:
+        """`unread` for coroutines."""
+        return await self._source.aunread_of(self.id)
 
     def __repr__(self) -> str:
         return f"<AsyncResult {self._id}>"
@@ -274,6 +346,17 @@ class AsyncResult(Generic[R]):
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+
+def _status(snapshot: Snapshot | None) -> str:
+    return "not_found" if snapshot is None else snapshot.status
+
+
+def _celery_state(snapshot: Snapshot | None) -> str:
+    if snapshot is None:
+        return "PENDING"
+    waits = "RETRY" if snapshot.error is not None else "STARTED" if snapshot.version else "PENDING"
+    return CELERY_STATES.get(snapshot.status, waits)
 
 
 @interruption.transparent

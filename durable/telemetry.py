@@ -53,6 +53,11 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
         ),
         "outcome.stale": Event(("count",), ("id", "fsm", "step", "kind"), "an outcome came when its claim was lost"),
         "reaper.reaped": Event(("count",), ("ids",), "rows of workers that stopped answering were taken back"),
+        "signal.unread": Event(
+            ("count",),
+            ("id", "fsm", "step", "rerun"),
+            "signals arrived while a step ran that ended its instance: they are unread, or the step runs again",
+        ),
         "await.timeout": Event(("count",), (), "parks on signals ended by their timeout"),
         "gc.swept": Event(("count", "buckets", "gates"), (), "garbage was collected"),
         "rate_limit.throttled": Event(

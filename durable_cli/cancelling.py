@@ -76,7 +76,8 @@ def _cancel_one(
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    done = run_repeatedly(connection, app.sql, lambda: instances.cancel(report["id"], reason, cascade, terminate))
+    mark = run(connection, app.sql, instances.mark_cascade(report["id"], reason, terminate)) if cascade else None
+    done = run_repeatedly(connection, app.sql, lambda: instances.cancel(report["id"], reason, cascade, terminate, mark))
     killing = app.wakeups.terminations() if terminate and done.running else []
     for wakeup in (*app.wakeups.became_ready(done.woken), *killing):
         run(connection, app.sql, wakeup)

@@ -203,7 +203,11 @@ def show(session: Session, instance: int) -> None:
         document = _document(app, detail)
         document["children"] = run(connection, app.sql, inspection.children_by_status(instance))
         inbox = run(connection, app.sql, signals.inbox([instance])).get(instance, [])
+    seen = document.pop("signals_seen")
+    unread = [] if seen is None else [entry for entry in inbox if entry.id > seen]
+    inbox = [entry for entry in inbox if entry not in unread]
     document["inbox"] = [_signal(app, entry) for entry in inbox]
+    document["unread"] = [_signal(app, entry) for entry in unread]
     if session.as_json:
         print_json(document)
         return
@@ -211,6 +215,7 @@ def show(session: Session, instance: int) -> None:
     document["awaits"] = ", ".join(document["awaits"] or ()) or None
     document["children"] = _counted(document["children"])
     document["inbox"] = _counted(Counter(entry.name for entry in inbox))
+    document["unread"] = _counted(Counter(entry.name for entry in unread))
     lines = {
         name.replace("_", " "): readable(value) if name in ("args", "kwargs", "state", "result") else value
         for name, value in document.items()
@@ -288,7 +293,7 @@ def list_(session: Session, limit: int, queue: str | None, status: str | None, t
                 seconds(max(0.0, (now - entry.created_at).total_seconds())),
                 None if entry.finished_at is None else seconds((entry.finished_at - entry.created_at).total_seconds()),
                 entry.correlation_key,
-                entry.reason or _waiting(entry) or error_line(entry.error),
+                _remark(entry),
             )
             for entry in listed
         ]
@@ -315,8 +320,10 @@ def _pages(
         left = None if left is None else left - size
 
 
-def _waiting(entry: Listed) -> str | None:
-    return f"waits for {entry.waits_for}" if entry.waits_for else None
+def _remark(entry: Listed) -> str | None:
+    waits = f"waits for {entry.waits_for}" if entry.waits_for else None
+    parts = ["unread signals" if entry.unread else None, entry.reason or waits or error_line(entry.error)]
+    return "; ".join(part for part in parts if part) or None
 
 
 def _line(entry: Listed) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _INSTANCE = Checked("id", lambda text: text if text == "-" else instance_id(text
 def retry(ctx: click.Context, ids: Sequence[int | str]) -> None:
     """Have failed instances go on from their failed step, under the same id; `-` reads ids from stdin, one a line.
 
-    Attempts begin again, the inbox is empty. Exit code 1 if one could not be retried.
+    Attempts begin again; the step is shown the signals it was shown before. Exit code 1 if one could not be retried.
     """
     session: Session = ctx.obj
     wanted: list[int] = []

@@ -210,6 +210,7 @@ def schema(database: str, shared_schema: str) -> Iterator[str]:
             "buckets",
             "queues",
             "signals",
+            "cascades",
         ):
             connection.execute(f"DELETE FROM {shared_schema}.{table}")
         connection.execute(f"UPDATE {shared_schema}.duties SET ran_at = '-infinity'")

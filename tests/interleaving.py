@@ -152,6 +152,15 @@ def family(rows: Rows, worker: int, count: int = 2) -> tuple[int, list[Claimed]]
     return claimed.id, children
 
 
+def handed(rows: Session, *claims: Claimed) -> list[Claimed]:
+    """Claims as a step gets them, their signals loaded."""
+    found = rows.run(signals.inbox([row.id for row in claims]))
+    boxes = [found.get(row.id, []) for row in claims]
+    return [
+        row._replace(inbox=box[-1].id if box else None, signals=box) for row, box in zip(claims, boxes, strict=True)
+    ]
+
+
 def inbox(rows: Rows, instance: int) -> int:
     return len(rows.fetch("SELECT id FROM {schema}.signals WHERE target_id = %s AND NOT consumed", [instance]))
 

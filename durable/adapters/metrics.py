@@ -41,6 +41,7 @@ METRICS = (
     Metric("outcomes_stale", "counter", "outcome.stale", "count", ("fsm", "step", "kind"), "outcomes come too late"),
     Metric("reaped", "counter", "reaper.reaped", "count", (), "rows taken back from silent workers"),
     Metric("await_timeouts", "counter", "await.timeout", "count", (), "parks that ended by their timeout"),
+    Metric("signals_unread", "counter", "signal.unread", "count", ("fsm", "rerun"), "signals that came too late"),
     Metric("gc_swept", "counter", "gc.swept", "count", (), "rows and partitions collected as garbage"),
     Metric("gc_swept_buckets", "counter", "gc.swept", "buckets", (), "buckets of rate limits collected as garbage"),
     Metric("gc_swept_gates", "counter", "gc.swept", "gates", (), "gates collected as garbage"),

@@ -243,6 +243,8 @@ class Engine:
             self._go_on(hops, flushed)
         known = flushed.committed | flushed.locked.keys() if flushed.locked else flushed.committed
         reporting.stale([commit for commit in batch if commit.claimed.id not in known])
+        if flushed.unread or flushed.rerun:
+            reporting.unread(batch, flushed)
         self._more = True
         if self._queue in flushed.opened:
             self._limited.look_now()
@@ -263,7 +265,7 @@ class Engine:
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
-        rows = [hop.next_claim(hop.claimed.id in flushed.inboxes) for hop in hops]
+        rows = [hop.next_claim(flushed.inboxes.get(hop.claimed.id)) for hop in hops]
         try:
             rows = self._arrivals.with_inboxes(rows)
         except psycopg.Error:

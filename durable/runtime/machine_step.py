@@ -171,9 +171,13 @@ class MachineRunner:
         awaited = [signal.id for signal in shown]
         match value:
             case Done(result):
-                return Commit(claimed, "done", self._codec.encode(result, "result", serializer))
+                commit = Commit(claimed, "done", self._codec.encode(result, "result", serializer))
+                commit.rerun = definition.options.on_unread == "rerun"
+                return commit
             case Stop(reason):
-                return stopped(claimed, reason, "Stop", self._codec, serializer)
+                commit = stopped(claimed, reason, "Stop", self._codec, serializer)
+                commit.rerun = definition.options.on_unread == "rerun"
+                return commit
             case Next(step=target, state=state, delay=delay, inline=inline):
                 inline = definition.options.inline if inline is None else inline
                 limits = self._limits(claimed, value)

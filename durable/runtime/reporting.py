@@ -15,7 +15,7 @@ from durable import telemetry, tracing
 from durable.containment import is_contained
 from durable.instance import Claimed
 from durable.limits import name_of
-from durable.storage.claims import Commit
+from durable.storage.claims import Commit, Flushed
 from durable.storage.maintenance import RowHolder
 from durable.storage.verdicts import Admitted
 
@@ -172,6 +172,40 @@ def put_aside(rows: Sequence[Claimed], holders: Sequence[RowHolder], waiting: in
         by or "a transaction that ended a moment ago, or holds a key or a slot that they need",
         extra={"instances": [row.id for row in rows[:20]]},
     )
+
+
+def unread(commits: Sequence[Commit], flushed: Flushed) -> None:
+    """Signals came while steps ran that ended their instance: tell of those that are unread or run a step again."""
+    for commit in commits:
+        claimed = commit.claimed
+        if claimed.id not in flushed.committed:
+            continue
+        names = flushed.unread.get(claimed.id)
+        if names is not None:
+            count = sum(names.values())
+            log.warning(
+                "instance %d of %s ended in step %s with unread signals: %s",
+                claimed.id,
+                claimed.machine,
+                claimed.step,
+                ", ".join(f"{number} {name}" for name, number in names.items()),
+                extra=fields(claimed),
+            )
+        elif claimed.id in flushed.rerun:
+            count = flushed.rerun[claimed.id]
+            log.info(
+                "instance %d of %s runs step %s again: signals arrived while it ran: %d",
+                claimed.id,
+                claimed.machine,
+                claimed.step,
+                count,
+                extra=fields(claimed),
+            )
+        else:
+            continue
+        if "signal.unread" in telemetry.attached:
+            about = {"id": claimed.id, "fsm": claimed.machine, "step": claimed.step, "rerun": names is None}
+            telemetry.emit("signal.unread", {"count": count}, about)
 
 
 def drained(queue: str, released: int, in_flight: int) -> None:

@@ -7,6 +7,7 @@ both. Death before that COMMIT leaves nothing of either; the step runs again. Th
 
 * The claim is gone: everything is rolled back, the outcome is stale.
 * A cancel was asked for: the writes are rolled back, the outcome goes the usual way and becomes `cancelled`.
+* The machine has on_unread="rerun" and a signal came: the writes are rolled back, and the step runs again with it.
 * Deadlock, serialization failure, connection lost, no connection to be had, no room on the server's disk, a timeout of
   the server in the outcome's statements: all is rolled back and the step runs again (`StepAgain`); it costs no attempt.
 * The answer to COMMIT was lost: the row is asked what became of it, under its lock, so that a COMMIT still under way
@@ -302,10 +303,10 @@ class StepTransaction:
         # One id for both statements: the process may get another lease while the first one waits for a lock.
         worker = self._connections.worker()
         try:
-            standing = lent.run(sql, claims.hold(worker, self._claimed))
+            standing = lent.run(sql, claims.hold(worker, self._claimed, commit.rerun))
             if standing != "owned":
                 lent.undo()
-                commit.flushed = None if standing == "cancelled" else Flushed()
+                commit.flushed = Flushed() if standing == "lost" else None
                 self._give_back()
                 return commit
             flushed = lent.run(sql, claims.flush_one(worker, commit))

@@ -34,14 +34,38 @@ WHERE h.itself OR (h.parent_id = ANY ((SELECT ids FROM ours)::bigint[])) IS NOT 
 
 -- name: raise_barrier
 -- Set how many children a parent waits for, in the transaction that inserted them; none: it goes on at once.
--- Params: ids bigint[], counts int[]. Rows: id, queue, status.
+-- Params: ids bigint[], counts int[]. Rows: id, queue, status, whether any cascading cancel is under way.
 UPDATE {schema}.instances AS i
 SET children_pending = c.count,
     status = CASE WHEN c.count = 0 THEN 'runnable' ELSE 'awaiting_children' END::{schema}.status,
     eligible_at = clock_timestamp()
 FROM unnest(%(ids)s::bigint[], %(counts)s::int[]) AS c (id, count)
 WHERE i.id = ANY (ARRAY[c.id]) AND i.status = 'awaiting_children'
-RETURNING i.id, i.queue, i.status::text;
+RETURNING i.id, i.queue, i.status::text, EXISTS (SELECT FROM {schema}.cascades);
+
+-- name: under_cascade
+-- Which of these parents are the target of a cascading cancel, or below one. Params: ids bigint[]. Rows: id, error.
+WITH RECURSIVE upwards (parent, id) AS (
+    SELECT p.id, p.id FROM unnest(%(ids)s::bigint[]) AS p (id)
+    UNION ALL
+    SELECT u.parent, a.parent_id
+    FROM upwards AS u
+    CROSS JOIN LATERAL (SELECT i.parent_id FROM {schema}.instances AS i WHERE i.id = ANY (ARRAY[u.id])
+                        UNION ALL
+                        SELECT h.parent_id FROM {schema}.history AS h WHERE h.id = ANY (ARRAY[u.id])) AS a
+    WHERE a.parent_id < u.id
+)
+SELECT DISTINCT ON (u.parent) u.parent, c.error
+FROM upwards AS u JOIN {schema}.cascades AS c ON c.target_id = u.id
+ORDER BY u.parent, c.id;
+
+-- name: cancel_locked
+-- Cancel a parent and the children that its outcome has just inserted, all of them locked. Params: ids bigint[],
+-- error jsonb.
+UPDATE {schema}.instances
+SET cancel_requested = true, status = 'cancelled', finished_at = clock_timestamp(), error = %(error)s, reason = NULL,
+    lane = NULL
+WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL;
 
 -- name: join_children
 -- Lower barriers by the number of children that ended in this transaction; at zero the parent goes on. One that was

@@ -101,45 +101,54 @@ RETURNING i.id, i.concurrency_key, i.gate_shard;
 -- name: finish
 -- Commit terminal outcomes: each owned row moves to history; a requested cancel makes any of them `cancelled`.
 -- An outcome commits only where worker, token and version are those of the claim and the row is executing.
--- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses, result_types, results, errors.
--- Rows:   id of the committed ones; the others are stale.
+-- A failed row takes its inbox and its wait along, for a retry. Others lose the signals that a step was shown; newer
+-- ones stay as unread. A delivery that commits meanwhile has written its id into the row, which this statement then
+-- sees under the row's lock.
+-- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, statuses, result_types, results, errors,
+--         seen (id of the newest signal that the step was shown; an empty array when no row of the batch has signals).
+-- Rows:   id, unread of the committed ones; the others are stale.
 WITH gone AS (
     DELETE FROM {schema}.instances AS i
     USING unnest(
         %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(statuses)s::text[],
-        %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
-    ) AS o (id, token, version, status, result_type, result, error)
+        %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[], %(seen)s::bigint[]
+    ) AS o (id, token, version, status, result_type, result, error, seen)
     WHERE i.id = ANY (ARRAY[o.id])
       AND (i.worker_id, i.token, i.version, i.status)
           IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
-    RETURNING i.*, o.status AS o_status, o.result_type AS o_type, o.result AS o_result, o.error AS o_error
+    RETURNING i.*, CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END AS o_status,
+              o.result_type AS o_type, o.result AS o_result, o.error AS o_error,
+              greatest(i.signals_seen, o.seen) AS o_seen
 ), cleared AS (
-    -- A signal that commits while this statement runs is not seen here; the sweep finds it.
-    DELETE FROM {schema}.signals AS s USING gone WHERE gone.inbox AND s.target_id = gone.id
+    DELETE FROM {schema}.signals AS s USING gone
+    WHERE gone.inbox IS NOT NULL AND gone.o_status <> 'failed'
+      AND s.target_id = ANY (ARRAY[gone.id]) AND (s.consumed OR s.id <= gone.o_seen)
 )
 INSERT INTO {schema}.history
     (id, eligible_at, created_at, finished_at, expires_at, worker_id, status, token, version, attempt,
      machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
      result_type, result, error, correlation_key, correlation_scope, reason, parent_id, parent_round, children_round,
-     trace, concurrency_key, rate_limit, weight, gate_shard)
-SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id,
-       CASE WHEN cancel_requested THEN 'cancelled' ELSE o_status END::{schema}.status, token, version + 1, attempt,
+     trace, concurrency_key, rate_limit, weight, gate_shard, inbox, awaits, shown, signals_seen)
+SELECT id, eligible_at, created_at, clock_timestamp(), expires_at, worker_id, o_status::{schema}.status, token,
+       version + 1, attempt,
        machine_version, priority, crashes, cancel_requested, max_attempts, queue, machine, step, state_type, state,
        CASE WHEN NOT cancel_requested THEN o_type END, CASE WHEN NOT cancel_requested THEN o_result END,
        CASE WHEN cancel_requested THEN error ELSE o_error::jsonb END, correlation_key, correlation_scope, NULL,
-       parent_id, parent_round, children_round, trace, concurrency_key, rate_limit, weight, gate_shard
+       parent_id, parent_round, children_round, trace, concurrency_key, rate_limit, weight, gate_shard, inbox,
+       CASE WHEN o_status = 'failed' THEN awaits END, CASE WHEN o_status = 'failed' THEN shown END, o_seen
 FROM gone
-RETURNING id;
+RETURNING id, inbox > coalesce(signals_seen, 0);
 
 -- name: advance
 -- Commit outcomes that keep their row: every outcome but the end, and the ends of rows that keep a correlation key.
 -- Fenced as finish. A requested cancel makes any of them `cancelled`; the ends are archived afterwards.
--- A retry keeps what was awaited, a park replaces it, progress clears it. An inline hop stays claimed. An end keeps
--- attempt and crashes, as finish does.
+-- A retry and a failure keep what was awaited, a park replaces it, progress clears it. An inline hop stays claimed. An
+-- end keeps attempt and crashes, as finish does.
 -- Params: worker bigint, and per outcome, in id order: ids, tokens, versions, kinds (retry next await children end),
 --         statuses (the new ones), steps, state_types, states (null: kept), attempts, delays and timeouts in seconds,
---         awaits (JSON arrays), shown (JSON: [ids to add, ids to remove], or []), result_types, results, errors.
--- Rows:   id, status, queue, children_round, inbox of the committed ones; the others are stale.
+--         awaits (JSON arrays), shown (JSON: [ids to add, ids to remove], or []), result_types, results, errors, seen
+--         (as for finish).
+-- Rows:   id, status, queue, children_round, inbox, unread of the committed ones; the others are stale.
 UPDATE {schema}.instances AS i
 SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{schema}.status,
     worker_id = CASE WHEN o.status = 'executing' AND NOT i.cancel_requested THEN i.worker_id END,
@@ -150,12 +159,15 @@ SET status = CASE WHEN i.cancel_requested THEN 'cancelled' ELSE o.status END::{s
     eligible_at = CASE WHEN o.delay IS NULL THEN i.eligible_at
                        ELSE clock_timestamp() + make_interval(secs => o.delay) END,
     awaits = CASE o.kind WHEN 'retry' THEN i.awaits
+                         WHEN 'end' THEN CASE WHEN o.status = 'failed' THEN i.awaits END
                          WHEN 'await' THEN ARRAY(SELECT jsonb_array_elements_text(o.awaits::jsonb)) END,
     shown = CASE o.kind WHEN 'retry' THEN i.shown
+                        WHEN 'end' THEN CASE WHEN o.status = 'failed' THEN i.shown END
                         WHEN 'await' THEN ARRAY(SELECT unnest(i.shown)
                                                 UNION SELECT jsonb_array_elements_text(o.shown::jsonb -> 0)::bigint
                                                 EXCEPT SELECT jsonb_array_elements_text(o.shown::jsonb -> 1)::bigint)
             END,
+    signals_seen = greatest(i.signals_seen, o.seen),
     deadline = CASE WHEN o.kind = 'await' AND NOT i.cancel_requested
                     THEN clock_timestamp() + make_interval(secs => o.timeout) END,
     children_round = i.children_round + (o.kind = 'children')::int,
@@ -167,26 +179,35 @@ FROM unnest(
     %(ids)s::bigint[], %(tokens)s::int[], %(versions)s::int[], %(kinds)s::text[], %(statuses)s::text[],
     %(steps)s::text[], %(state_types)s::text[], %(states)s::bytea[], %(attempts)s::int[], %(delays)s::float8[],
     %(timeouts)s::float8[], %(awaits)s::text[], %(shown)s::text[],
-    %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[]
+    %(result_types)s::text[], %(results)s::bytea[], %(errors)s::text[], %(seen)s::bigint[]
 ) AS o (id, token, version, kind, status, step, state_type, state, attempt, delay, timeout, awaits, shown,
-        result_type, result, error)
+        result_type, result, error, seen)
 WHERE i.id = ANY (ARRAY[o.id])
   AND (i.worker_id, i.token, i.version, i.status)
       IS NOT DISTINCT FROM (%(worker)s::bigint, o.token, o.version, 'executing'::{schema}.status)
-RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox;
+RETURNING i.id, i.status::text, i.queue, i.children_round, i.inbox, i.inbox > coalesce(i.signals_seen, 0);
 
 -- name: hold
 -- Lock a claimed row and the parent it reports to, and say whether the claim stands.
--- Params: ids bigint[] (both), worker bigint, token int, version int. Rows: id, owned, cancel_requested.
+-- Params: ids bigint[] (both), worker bigint, token int, version int. Rows: id, owned, cancel_requested, inbox.
 -- Locks: instances FOR NO KEY UPDATE, in id order.
 SELECT id, (worker_id, token, version, status)
            IS NOT DISTINCT FROM (%(worker)s::bigint, %(token)s::int, %(version)s::int, 'executing'::{schema}.status),
-       cancel_requested
+       cancel_requested, inbox
 FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+
+-- name: sent_meanwhile
+-- Which of these locked rows were sent signals that their step was not shown, and how many.
+-- Params: ids, seen bigint[]. Rows: id, count.
+SELECT i.id, (SELECT count(*) FROM {schema}.signals AS s
+              WHERE s.target_id = ANY (ARRAY[o.id]) AND s.id > o.seen AND NOT s.consumed)
+FROM unnest(%(ids)s::bigint[], %(seen)s::bigint[]) AS o (id, seen)
+JOIN {schema}.instances AS i ON i.id = ANY (ARRAY[o.id])
+WHERE i.inbox > o.seen;
 
 -- name: committed
 -- After a lost COMMIT answer: where these instances stand now. Params: ids bigint[].
 -- Rows: id, token, version, status, inbox.
 SELECT id, token, version, status::text, inbox FROM {schema}.instances WHERE id = ANY (%(ids)s::bigint[])
 UNION ALL
-SELECT id, token, version, status::text, false FROM {schema}.history WHERE id = ANY (%(ids)s::bigint[]);
+SELECT id, token, version, status::text, NULL FROM {schema}.history WHERE id = ANY (%(ids)s::bigint[]);

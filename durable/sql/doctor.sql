@@ -109,10 +109,12 @@ WHERE id > %(after)s AND finished_at IS NULL AND (%(queue)s::text IS NULL OR que
 ORDER BY id LIMIT %(limit)s;
 
 -- name: inbox_page
--- A page of the unconsumed signals by id. Params: after bigint, limit bigint.
+-- A page of the unconsumed signals of live instances by id. Params: after bigint, limit bigint.
 -- Rows: id, target_id, name, payload_type, payload.
-SELECT id, target_id, name, payload_type, payload FROM {schema}.signals
-WHERE id > %(after)s AND NOT consumed ORDER BY id LIMIT %(limit)s;
+SELECT s.id, s.target_id, s.name, s.payload_type, s.payload FROM {schema}.signals AS s
+WHERE s.id > %(after)s AND NOT s.consumed
+  AND EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.target_id AND i.finished_at IS NULL)
+ORDER BY s.id LIMIT %(limit)s;
 
 -- name: table_holders
 -- The other sessions whose transactions use our tables, the oldest first, three at most. Params: schema text.

@@ -167,7 +167,8 @@ FROM {schema}.instances WHERE id = %(id)s::bigint AND finished_at IS NOT NULL;
 -- name: cancel
 -- Cancel a waiting or parked instance at once, or ask the one that executes it; with `cascade` its live descendants too.
 -- Nothing happens to what is finished. An outcome that commits first wins: it holds the row's lock.
--- Children that a parent schedules at this moment are not seen: with `cascade` it is repeated until it finds no more.
+-- Children of an outcome that commits at this moment are not seen: with `cascade` it is run again. Afterwards there are
+-- no others: outcomes that began later see the mark (mark_cascade).
 -- Params: id bigint, cascade bool, terminate bool (kill what executes), error jsonb. Rows: id, status.
 -- Locks: the rows and the parent that the first reports to, in id order, as a flush does.
 WITH RECURSIVE family AS (
@@ -203,6 +204,26 @@ SET cancel_requested = true,
 FROM locked WHERE i.id = locked.id AND locked.mine AND i.finished_at IS NULL
 RETURNING i.id, i.status::text;
 
+-- name: mark_cascade
+-- Note a cascading cancel, in a transaction of its own before the walk. Params: id bigint (the target), terminate bool,
+-- error jsonb. Rows: id of the mark.
+INSERT INTO {schema}.cascades (target_id, terminate, error) VALUES (%(id)s, %(terminate)s, %(error)s) RETURNING id;
+
+-- name: hold_cascade
+-- Lock the mark of a cascading cancel that begins its walk. Params: id bigint (the mark).
+SELECT id FROM {schema}.cascades WHERE id = %(id)s FOR UPDATE;
+
+-- name: end_cascade
+-- The walk is over, in its transaction: nothing of the tree can go on any more. Params: id bigint (the mark).
+DELETE FROM {schema}.cascades WHERE id = %(id)s;
+
+-- name: left_cascade
+-- A cascading cancel whose process ended before it was through. Params: age float8 (seconds).
+-- Rows: id of the mark, target_id, terminate, error. Locks: cascades FOR UPDATE SKIP LOCKED.
+SELECT id, target_id, terminate, error FROM {schema}.cascades
+WHERE asked_at < clock_timestamp() - make_interval(secs => %(age)s)
+ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED;
+
 -- name: cancel_asked
 -- Whether a claim was asked to end. Params: id bigint, token int. Rows: bool; none: the claim is not there any more.
 SELECT cancel_requested FROM {schema}.instances WHERE id = %(id)s AND token = %(token)s AND status = 'executing';
@@ -219,7 +240,7 @@ LEFT JOIN {schema}.instances AS i
 
 -- name: retry_failed
 -- Put a failed instance back under the same id, at its failed step, in one statement: token and version go on, attempt
--- and crashes begin again. Its inbox is empty but for a signal whose commit its failure waited for. A barrier that
+-- and crashes begin again. Its signals were kept; with the names it awaited its step is shown them again. A barrier that
 -- counted it does not count it again (parent_round goes).
 -- An occupied correlation key is a unique violation, and nothing is moved. Params: id bigint. Rows: id, queue.
 WITH gone AS (
@@ -228,18 +249,17 @@ WITH gone AS (
     UPDATE {schema}.instances
     SET status = 'runnable', eligible_at = clock_timestamp(), finished_at = NULL, attempt = 0, crashes = 0,
         result_type = NULL, result = NULL, cancel_requested = false, terminate_requested = false,
-        expires_at = NULL, inbox = EXISTS (SELECT FROM {schema}.signals WHERE target_id = %(id)s), awaits = NULL,
-        shown = NULL, deadline = NULL, parent_round = NULL, reason = NULL
+        expires_at = NULL, deadline = NULL, parent_round = NULL, reason = NULL
     WHERE id = %(id)s AND status = 'failed'
     RETURNING id, queue
 ), back AS (
     INSERT INTO {schema}.instances
         (id, eligible_at, created_at, status, token, version, machine_version, priority, max_attempts, queue, machine,
          step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round, concurrency_key,
-         rate_limit, weight, trace, inbox)
+         rate_limit, weight, trace, inbox, awaits, shown, signals_seen)
     SELECT id, clock_timestamp(), created_at, 'runnable', token, version, machine_version, priority, max_attempts, queue,
            machine, step, state_type, state, error, correlation_key, correlation_scope, parent_id, children_round,
-           concurrency_key, rate_limit, weight, trace, EXISTS (SELECT FROM {schema}.signals WHERE target_id = %(id)s)
+           concurrency_key, rate_limit, weight, trace, inbox, awaits, shown, signals_seen
     FROM gone
     RETURNING id, queue
 )
@@ -265,7 +285,8 @@ SELECT e.id, e.machine, e.machine_version, e.step, e.queue, e.priority, e.status
        e.correlation_scope::text[], e.cancel_requested, e.reason, e.error, e.state_type, e.state, e.result_type, e.result,
        e.worker_id, w.name, w.host, w.pid, e.awaits, e.deadline, e.parent_id, e.concurrency_key, e.rate_limit, e.weight,
        e.lane, e.lane LIKE 'rate %%' AND NOT EXISTS (
-           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(e.rate_limit, ':', 1))
+           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(e.rate_limit, ':', 1)),
+       CASE WHEN e.finished_at IS NOT NULL THEN coalesce(e.signals_seen, 0) END
 FROM (SELECT * FROM {schema}.instances WHERE id = %(id)s
       UNION ALL
       SELECT * FROM {schema}.history WHERE id = %(id)s) AS e
@@ -277,7 +298,8 @@ LEFT JOIN {schema}.workers AS w ON w.id = e.worker_id;
 SELECT id, queue, priority, status::text, machine, machine_version, step, attempt, crashes, version,
        created_at, eligible_at, finished_at, correlation_key, error, reason, concurrency_key, rate_limit, lane,
        lane LIKE 'rate %%' AND NOT EXISTS (
-           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(rate_limit, ':', 1))
+           SELECT FROM {schema}.limits AS l WHERE l.kind = 'rate' AND l.name = split_part(rate_limit, ':', 1)),
+       coalesce(finished_at IS NOT NULL AND inbox > coalesce(signals_seen, 0), false)
 FROM (SELECT * FROM {schema}.instances UNION ALL SELECT * FROM {schema}.history) AS every
 WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
   AND (%(status)s::text IS NULL OR status = %(status)s::text::{schema}.status)

@@ -116,16 +116,40 @@ DELETE FROM {schema}.workers WHERE id = ANY (ARRAY(
     FOR UPDATE OF w SKIP LOCKED))
 RETURNING id;
 
+-- name: signal_targets
+-- Between which ids the targets of signals lie; nulls when there are no signals. Rows: lowest, highest.
+SELECT min(target_id), max(target_id) FROM {schema}.signals;
+
 -- name: sweep_signals
--- Delete signals of instances that are finished: those that were delivered while their target's end committed.
--- Rows: id. Locks: signals FOR UPDATE SKIP LOCKED.
-DELETE FROM {schema}.signals WHERE id = ANY (ARRAY(
-    SELECT s.id FROM {schema}.signals AS s
-    WHERE s.created_at < clock_timestamp() - interval '1 minute'
+-- Delete the signals of instances that are gone or ended without keeping any, among the next targets of a range. From
+-- one target to the next by index. A retry moves an instance from the history in one statement: one snapshot finds it in
+-- one of both places.
+-- Params: since, until bigint (targets from, up to); limit bigint (targets looked at). Rows: targets, deleted.
+-- Locks: signals FOR UPDATE SKIP LOCKED.
+WITH RECURSIVE targets (id, n) AS (
+    (SELECT s.target_id, 1 FROM {schema}.signals AS s
+     WHERE s.target_id >= %(since)s::bigint AND s.target_id <= %(until)s::bigint
+     ORDER BY s.target_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT s.target_id FROM {schema}.signals AS s
+            WHERE s.target_id > t.id AND s.target_id <= %(until)s::bigint
+            ORDER BY s.target_id LIMIT 1), t.n + 1
+    FROM targets AS t WHERE t.id IS NOT NULL AND t.n < %(limit)s::bigint
+), gone AS MATERIALIZED (
+    SELECT t.id FROM targets AS t
+    WHERE t.id IS NOT NULL
       AND NOT EXISTS (SELECT FROM {schema}.instances AS i
-                      WHERE i.id = ANY (ARRAY[s.target_id]) AND i.finished_at IS NULL)
-    FOR UPDATE OF s SKIP LOCKED))
-RETURNING id;
+                      WHERE i.id = ANY (ARRAY[t.id]) AND (i.finished_at IS NULL OR i.inbox IS NOT NULL))
+      AND NOT EXISTS (SELECT FROM {schema}.history AS h
+                      WHERE h.id = ANY (ARRAY[t.id]) AND h.inbox IS NOT NULL
+                        AND h.finished_at < statement_timestamp() + interval '1 hour')
+), deleted AS (
+    DELETE FROM {schema}.signals WHERE id = ANY (ARRAY(
+        SELECT s.id FROM gone JOIN {schema}.signals AS s ON s.target_id = ANY (ARRAY[gone.id])
+        FOR UPDATE OF s SKIP LOCKED))
+    RETURNING id
+)
+SELECT (SELECT count(id) FROM targets), (SELECT count(*) FROM deleted);
 
 -- name: now
 -- The database's clock.

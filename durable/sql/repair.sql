@@ -28,16 +28,18 @@ ORDER BY i.id;
 SELECT i.id, count(*)
 FROM {schema}.signals AS s JOIN {schema}.instances AS i ON i.id = s.target_id
 WHERE NOT s.consumed AND i.finished_at IS NULL
-  AND (NOT i.inbox OR (i.status = 'awaiting_signal' AND s.name = ANY (i.awaits)
+  AND (coalesce(i.inbox, 0) < s.id OR (i.status = 'awaiting_signal' AND s.name = ANY (i.awaits)
                        AND s.id <> ALL (coalesce(i.shown, ARRAY[]::bigint[]))))
 GROUP BY i.id ORDER BY i.id;
 
 -- name: dead_letters
--- Signals of what is not live, that garbage collection should have deleted. Params: slack float8 (seconds).
+-- Signals of instances that are gone or ended without keeping any, which garbage collection should have deleted. Params: slack float8 (seconds).
 -- Rows: signals, the lowest target.
 SELECT count(*), min(s.target_id) FROM {schema}.signals AS s
 WHERE s.created_at < clock_timestamp() - make_interval(secs => %(slack)s)
-  AND NOT EXISTS (SELECT FROM {schema}.instances AS i WHERE i.id = s.target_id AND i.finished_at IS NULL);
+  AND NOT EXISTS (SELECT FROM {schema}.instances AS i
+                  WHERE i.id = s.target_id AND (i.finished_at IS NULL OR i.inbox IS NOT NULL))
+  AND NOT EXISTS (SELECT FROM {schema}.history AS h WHERE h.id = s.target_id AND h.inbox IS NOT NULL);
 
 -- name: hold_rows
 -- Lock live rows in the order of their ids, so that nothing they wait for is committed meanwhile. Params: ids bigint[].
@@ -64,11 +66,12 @@ RETURNING i.id, i.queue, i.status::text;
 -- name: mend_inboxes
 -- Show held rows their signals, and wake those that sleep on one. Params: ids bigint[]. Rows: id, queue, woken.
 UPDATE {schema}.instances AS i
-SET inbox = true,
+SET inbox = h.newest,
     status = CASE WHEN h.woken THEN 'runnable' ELSE i.status END::{schema}.status,
     eligible_at = CASE WHEN h.woken THEN clock_timestamp() ELSE i.eligible_at END,
     deadline = CASE WHEN h.woken THEN NULL ELSE i.deadline END
-FROM (SELECT p.id, p.status = 'awaiting_signal'
+FROM (SELECT p.id, (SELECT max(s.id) FROM {schema}.signals AS s WHERE s.target_id = p.id) AS newest,
+             p.status = 'awaiting_signal'
                    AND EXISTS (SELECT FROM {schema}.signals AS s
                                WHERE s.target_id = p.id AND NOT s.consumed AND s.name = ANY (p.awaits)
                                  AND s.id <> ALL (coalesce(p.shown, ARRAY[]::bigint[]))) AS woken

@@ -3,6 +3,9 @@
 -- Lost wakeups are impossible in both orders. A delivery locks its target's row whatever its status and decides in the
 -- new value; a park updates that row first and then looks into the inbox with a fresh snapshot, in a statement of its
 -- own. Whoever comes second waits for the other's lock, and sees what the other did.
+--
+-- A delivery writes the id of its signal into the target's row (`inbox`). An end compares that under the row's lock with
+-- the newest signal that the step was shown: so it knows of every signal that was accepted before it.
 
 -- name: deliver
 -- Deliver signals to live instances: rows locked in id order, signals stored once per dedup key, sleepers woken.
@@ -29,16 +32,16 @@ WITH input AS MATERIALIZED (
           ORDER BY input.target_id, coalesce(input.dedup_key, input.n::text), input.dedup_key IS NULL, input.n) AS first
     ORDER BY n
     ON CONFLICT (target_id, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
-    RETURNING target_id, name, dedup_key
+    RETURNING id, target_id, name, dedup_key
 ), touched AS (
     UPDATE {schema}.instances AS i
-    SET inbox = true,
+    SET inbox = s.newest,
         status = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN 'runnable' ELSE i.status
                  END::{schema}.status,
         eligible_at = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN clock_timestamp()
                            ELSE i.eligible_at END,
         deadline = CASE WHEN i.status = 'awaiting_signal' AND s.names && i.awaits THEN NULL ELSE i.deadline END
-    FROM (SELECT target_id, array_agg(name) AS names FROM stored GROUP BY target_id) AS s
+    FROM (SELECT target_id, array_agg(name) AS names, max(id) AS newest FROM stored GROUP BY target_id) AS s
     WHERE i.id = ANY (ARRAY[s.target_id])
     RETURNING i.id, i.queue, i.status = 'runnable' AS woken
 )
@@ -60,10 +63,10 @@ WITH live AS MATERIALIZED (
     SELECT live.id, %(name)s::text, %(dedup_key)s::text, %(payload_type)s::text, %(payload)s::bytea, %(trace)s::text
     FROM live
     ON CONFLICT (target_id, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
-    RETURNING target_id, name
+    RETURNING id, target_id, name
 ), touched AS (
     UPDATE {schema}.instances AS i
-    SET inbox = true,
+    SET inbox = s.id,
         status = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN 'runnable' ELSE i.status
                  END::{schema}.status,
         eligible_at = CASE WHEN i.status = 'awaiting_signal' AND s.name = ANY (i.awaits) THEN clock_timestamp()
@@ -109,8 +112,32 @@ WHERE i.id = ANY (%(ids)s::bigint[]) AND i.status = 'awaiting_signal'
                 AND s.id <> ALL (coalesce(i.shown, ARRAY[]::bigint[])))
 RETURNING i.id;
 
+-- name: settle_inboxes
+-- Delete the signals of rows that ended, tombstones too, before they are archived. A failed row keeps all of them for a
+-- retry, the others those that no step was shown: they are unread. Params: ids bigint[].
+DELETE FROM {schema}.signals AS s USING {schema}.instances AS i
+WHERE i.id = ANY (%(ids)s::bigint[]) AND i.status IN ('done', 'cancelled')
+  AND s.target_id = ANY (ARRAY[i.id]) AND (s.consumed OR s.id <= i.signals_seen);
+
+-- name: unread_counts
+-- How many unread signals of each name finished instances have. Params: ids, seen bigint[] (the newest signal that a
+-- step was shown). Rows: target_id, name, count.
+SELECT s.target_id, s.name, count(*)
+FROM unnest(%(ids)s::bigint[], %(seen)s::bigint[]) AS o (id, seen)
+JOIN {schema}.signals AS s ON s.target_id = ANY (ARRAY[o.id]) AND s.id > o.seen
+WHERE NOT s.consumed GROUP BY s.target_id, s.name ORDER BY s.target_id, s.name;
+
+-- name: unread
+-- The unread signals of a finished instance, oldest first. Params: id bigint. Rows: as inbox, without target_id.
+SELECT s.id, s.name, s.payload_type, s.payload, s.created_at, s.trace
+FROM (SELECT id, signals_seen FROM {schema}.instances WHERE id = %(id)s AND finished_at IS NOT NULL
+      UNION ALL
+      SELECT id, signals_seen FROM {schema}.history WHERE id = %(id)s) AS e
+JOIN {schema}.signals AS s ON s.target_id = e.id AND s.id > coalesce(e.signals_seen, 0)
+WHERE NOT s.consumed ORDER BY s.id;
+
 -- name: clear_inboxes
--- Forget every signal of finished instances, tombstones too. Params: ids bigint[].
+-- Delete every signal of deleted instances, tombstones too. Params: ids bigint[].
 DELETE FROM {schema}.signals WHERE target_id = ANY (%(ids)s::bigint[]);
 
 -- name: time_out

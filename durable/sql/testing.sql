@@ -86,6 +86,7 @@ WITH i AS (DELETE FROM {schema}.instances),
      p AS (DELETE FROM {schema}.schedules),
      g AS (DELETE FROM {schema}.gates),
      b AS (DELETE FROM {schema}.buckets),
+     c AS (DELETE FROM {schema}.cascades),
      d AS (UPDATE {schema}.duties SET ran_at = '-infinity')
 SELECT setval('{schema}.instance_ids', 1, false),
        setval(pg_get_serial_sequence('{schema}.signals', 'id'), 1, false),

@@ -56,6 +56,7 @@ class Commit:
     consumed  ids of signals this outcome consumes; shown: ids the step was shown and did not consume
     children  rows to insert with this outcome
     limits    what the next step is limited by; None: what it was, without a rate limit when it is another step
+    rerun     of an end: run the step again instead when a signal has come that it was not shown
     flushed   what its flush did, when it was committed together with what its step wrote
     """
 
@@ -74,6 +75,7 @@ class Commit:
     consumed: Sequence[int] = ()
     children: Sequence[NewInstance] = ()
     limits: Limits | None = None
+    rerun: bool = False
     flushed: Flushed | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +94,11 @@ class Commit:
         """Whether the row may stay in the live table."""
         return self.claimed.keeps_key or self.kind != "end"
 
-    def next_claim(self, inbox: bool) -> Claimed:
+    def again(self) -> Commit:
+        """Return what is committed instead of an end when the step runs again: nothing but that it does."""
+        return Commit(self.claimed, "runnable", attempt=self.claimed.attempt, delay=0.0)
+
+    def next_claim(self, inbox: int | None) -> Claimed:
         """For an inline hop that was committed: the claim as it goes on, the inbox yet to be loaded."""
         state = self.state or Payload(self.claimed.state_type, self.claimed.state)
         return self.claimed._replace(
@@ -115,7 +121,9 @@ class Flushed:
 
     committed  ids whose outcome is durable; the others are stale
     ready      rows that became runnable per queue: parents, children, parks that found their signal, next steps
-    inboxes    committed ids that may have signals
+    inboxes    committed ids that may have signals -> id of the newest one
+    unread     ended ids -> names of the signals that no step was shown, each with how many
+    rerun      committed ids whose step runs again instead of their end -> how many signals came for it
     ended      committed ids that don't go on here even if meant to: finished (a cancel overrules), or lost since
     opened     queues in which a key or slot that came free made a row a candidate; `ready` counts it too
     locked     ids whose outcome waits for a lock that another session holds, with the parent that it holds (None: the
@@ -125,9 +133,11 @@ class Flushed:
     committed: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     ready: Counter[str] = field(default_factory=Counter)
-    inboxes: set[int] = field(default_factory=set)
+    inboxes: dict[int, int] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)
     locked: dict[int, int | None] = field(default_factory=dict)
+    unread: dict[int, dict[str, int]] = field(default_factory=dict)
+    rerun: dict[int, int] = field(default_factory=dict)
 
     def add(self, other: Flushed) -> None:
         """Count another flush in."""
@@ -137,6 +147,8 @@ class Flushed:
         self.ended |= other.ended
         self.opened |= other.opened
         self.locked |= other.locked
+        self.unread |= other.unread
+        self.rerun |= other.rerun
 
 
 def claim(
@@ -236,6 +248,7 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
         and not commit.claimed.keeps_key
         and commit.claimed.reports_to is None
         and commit.claimed.concurrency_key is None
+        and not commit.rerun
         for commit in batch
     )
     if not plain:
@@ -245,17 +258,26 @@ def flush(connection: Connection, sql: Statements, worker: int, batch: Sequence[
     return flushed
 
 
-def hold(worker: int, claimed: Claimed) -> Operation[str]:
+def hold(worker: int, claimed: Claimed, rerun: bool = False) -> Operation[str]:
     """Lock a claimed row, and the parent it reports to, until the transaction ends.
 
-    Returns "owned", "cancelled" (owned, and its cancel was asked for), or "lost" (the claim or the row is gone).
+    Args:
+        worker: The worker id that claimed it.
+        claimed: The row.
+        rerun: Whether the step runs again instead of ending when a signal has come that it was not shown.
+
+    Returns:
+        "owned", "cancelled" (owned, and its cancel was asked for), "rerun" (owned, and its step is to run again), or
+        "lost" (the claim or the row is gone).
     """
     family = {claimed.id, claimed.reports_to or claimed.id}
     fence = {"worker": worker, "token": claimed.token, "version": claimed.version}
     rows = yield "hold", {"ids": Int8Array(sorted(family)), **fence}
-    for instance_id, owned, cancel_requested in rows:
+    for instance_id, owned, cancel_requested, inbox in rows:
         if instance_id == claimed.id and owned:
-            return "cancelled" if cancel_requested else "owned"
+            if cancel_requested:
+                return "cancelled"
+            return "rerun" if rerun and (inbox or 0) > claimed.seen else "owned"
     return "lost"
 
 
@@ -289,10 +311,16 @@ def _flush(worker: int, batch: Sequence[Commit], *, wait: bool = True) -> Operat
     batch = sorted(batch, key=_BY_ID)
     flushed = Flushed()
     parents = {commit.claimed.reports_to for commit in batch if commit.claimed.reports_to is not None}
+    asking = [commit for commit in batch if commit.rerun]
     ending = [commit for commit in batch if not commit.keeps_row]
     staying = [commit for commit in batch if commit.keeps_row]
-    if wait and (parents or (ending and staying)):  # two statements would lock their rows one set after the other
+    # Two statements would lock their rows one set after the other.
+    if wait and (parents or asking or (ending and staying)):
         yield "lock_family", {"ids": Int8Array(sorted(parents | {commit.claimed.id for commit in batch}))}
+    if asking:
+        batch = yield from _rerun(batch, asking, flushed)
+        ending = [commit for commit in batch if not commit.keeps_row]
+        staying = [commit for commit in batch if commit.keeps_row]
     freed: list[Freed] = []
     if ending:
         yield from _finish(worker, ending, flushed, freed)
@@ -303,6 +331,39 @@ def _flush(worker: int, batch: Sequence[Commit], *, wait: bool = True) -> Operat
         flushed.ready.update(opened)
         flushed.opened |= opened.keys()
     return flushed
+
+
+def _rerun(batch: Sequence[Commit], asking: Sequence[Commit], flushed: Flushed) -> Operation[Sequence[Commit]]:
+    """Replace the ends of instances that were sent a signal meanwhile. Their rows are locked: none comes in between."""
+    rows = yield (
+        "sent_meanwhile",
+        {
+            "ids": Int8Array([commit.claimed.id for commit in asking]),
+            "seen": Int8Array([commit.claimed.seen for commit in asking]),
+        },
+    )
+    flushed.rerun.update(rows)
+    return [commit.again() if commit.rerun and commit.claimed.id in flushed.rerun else commit for commit in batch]
+
+
+def _seen(batch: Sequence[Commit]) -> Int8Array:
+    """Return the newest signal that each step was shown; nothing at all when none of the rows has signals."""
+    if not any([commit.claimed.inbox for commit in batch]):  # noqa: C419 - a generator costs twice as much
+        return Int8Array(())
+    return Int8Array([commit.claimed.seen for commit in batch])
+
+
+def _count_unread(ended: Sequence[Claimed], flushed: Flushed) -> Operation[None]:
+    """Look up the names of signals that came while the last step ran."""
+    rows = yield (
+        "unread_counts",
+        {
+            "ids": Int8Array([claimed.id for claimed in ended]),
+            "seen": Int8Array([claimed.seen for claimed in ended]),
+        },
+    )
+    for instance_id, name, count in rows:
+        flushed.unread.setdefault(instance_id, {})[name] = count
 
 
 def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list[Freed]) -> Operation[None]:
@@ -317,11 +378,15 @@ def _finish(worker: int, ending: Sequence[Commit], flushed: Flushed, freed: list
             "result_types": TextArray([commit.result and commit.result.type for commit in ending]),
             "results": ByteaArray([commit.result and commit.result.body for commit in ending]),
             "errors": TextArray([commit.error for commit in ending]),
+            "seen": _seen(ending),
         },
     )
     claims = {commit.claimed.id: commit.claimed for commit in ending}
     ended = [claims[row[0]] for row in rows]
     flushed.committed.update(claimed.id for claimed in ended)
+    unread = [row[0] for row in rows if row[1]]
+    if unread:
+        yield from _count_unread([claims[instance_id] for instance_id in unread], flushed)
     freed += [(row.concurrency_key, row.gate_shard) for row in ended if row.concurrency_key is not None]
     flushed.ready.update(
         (yield from lower_barriers(Counter(row.reports_to for row in ended if row.reports_to is not None)))
@@ -349,20 +414,24 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
             "result_types": TextArray([commit.result and commit.result.type for commit in staying]),
             "results": ByteaArray([commit.result and commit.result.body for commit in staying]),
             "errors": TextArray([commit.error for commit in staying]),
+            "seen": _seen(staying),
         },
     )
     commits = {commit.claimed.id: commit for commit in staying}
     went_on: dict[int, tuple[Commit, int]] = {}
     ended: list[int] = []
-    for instance_id, status, queue, children_round, inbox in rows:
+    unread: list[Claimed] = []
+    for instance_id, status, queue, children_round, inbox, has_unread in rows:
         flushed.committed.add(instance_id)
-        if inbox:
-            flushed.inboxes.add(instance_id)
+        if inbox is not None:
+            flushed.inboxes[instance_id] = inbox
         claimed = commits[instance_id].claimed
         if claimed.concurrency_key is not None and status != "executing":
             freed.append((claimed.concurrency_key, claimed.gate_shard))
         if status in TERMINAL:
             ended.append(instance_id)  # also whatever was asked to be cancelled meanwhile
+            if has_unread:
+                unread.append(claimed)
             continue
         went_on[instance_id] = (commits[instance_id], children_round)
         if status == "runnable":
@@ -377,6 +446,8 @@ def _advance(worker: int, staying: Sequence[Commit], flushed: Flushed, freed: li
         woken = yield "wake_parked", {"ids": Int8Array(sorted(parked))}
         flushed.ready.update(commits[row[0]].claimed.queue for row in woken)
     flushed.ended.update(ended)
+    if unread:
+        yield from _count_unread(unread, flushed)
     flushed.ready.update((yield from end(ended)))
 
 
@@ -425,6 +496,27 @@ def _insert_children(parents: Mapping[int, tuple[Commit, int]], flushed: Flushed
         {"ids": Int8Array(sorted(parents)), "counts": Int4Array([counts[parent] for parent in sorted(parents)])},
     )
     flushed.ready.update(row[1] for row in rows if row[2] == "runnable")
+    if rows and rows[0][3]:
+        yield from _cancel_under_cascade(
+            {
+                parent: [i for child, i in zip(batch, ids, strict=True) if child.parent_id == parent]
+                for parent in parents
+            },
+            flushed,
+        )
+
+
+def _cancel_under_cascade(families: Mapping[int, Sequence[int | None]], flushed: Flushed) -> Operation[None]:
+    """Cancel parents in a tree that is being cancelled, and the children they have just got: see `instances.cancel`.
+
+    Every row is locked here already: the parents by their outcome, those that they report to before it.
+    """
+    rows = yield "under_cascade", {"ids": Int8Array(sorted(families))}
+    for parent, error in rows:
+        family = [parent, *(child for child in families[parent] if child is not None)]
+        yield "cancel_locked", {"ids": Int8Array(sorted(family)), "error": Jsonb(error)}
+        flushed.ended.add(parent)
+        flushed.ready.update((yield from end(family, waiting=True)))
 
 
 def resolve(batch: Sequence[Commit]) -> Operation[Flushed]:
@@ -437,12 +529,12 @@ def resolve(batch: Sequence[Commit]) -> Operation[Flushed]:
     flushed = Flushed()
     for commit in batch:
         claimed = commit.claimed
-        token, version, status, inbox = stands.get(claimed.id, (0, 0, "", False))
+        token, version, status, inbox = stands.get(claimed.id, (0, 0, "", None))
         if token < claimed.token or version <= claimed.version:
             continue
         flushed.committed.add(claimed.id)
-        if inbox:
-            flushed.inboxes.add(claimed.id)
+        if inbox is not None:
+            flushed.inboxes[claimed.id] = inbox
         if (token, version, status) != (claimed.token, claimed.version + 1, "executing"):
             flushed.ended.add(claimed.id)
     return flushed

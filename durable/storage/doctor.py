@@ -309,7 +309,7 @@ def repair(found: Damage) -> Operation[Repaired]:
         done.heard = sorted(row[0] for row in heard)
         done.ready.update(queue for _, queue, woken in heard if woken)
     if found.letters:
-        done.deleted = yield from maintenance.sweep_signals()
+        done.deleted = yield from maintenance.sweep_signals(limit=2**62)
     return done
 
 

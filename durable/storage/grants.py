@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 RELATIONS = (
     "instances", "history", "signals", "workers", "duties", "schedules", "limits", "gates", "buckets", "queues",
-    "migrations", "grants", "instance_view", "signal_view",
+    "cascades", "migrations", "grants", "instance_view", "signal_view",
 )  # fmt: skip
-SEQUENCES = ("instance_ids", "workers_id_seq", "signals_id_seq")
+SEQUENCES = ("instance_ids", "workers_id_seq", "signals_id_seq", "cascades_id_seq")
 FUNCTIONS = ("make_partition(date)", "drop_partition(date)", "thin_partition(date, bigint[])")
 
 
@@ -59,13 +59,13 @@ GRANT UPDATE (inbox, status, eligible_at, deadline) ON {schema}.instances TO {ro
 GRANT SELECT (id, status, queue, machine, step, version, finished_at, cancel_requested, result_type, result, error)
     ON {schema}.history TO {role};
 GRANT INSERT (target_id, name, dedup_key, payload_type, payload, trace) ON {schema}.signals TO {role};
-GRANT SELECT (target_id, name, dedup_key) ON {schema}.signals TO {role};
+GRANT SELECT (id, target_id, name, dedup_key) ON {schema}.signals TO {role};
 """
 
 WORKER = """GRANT USAGE ON SCHEMA {schema} TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE
     ON {schema}.instances, {schema}.history, {schema}.signals, {schema}.workers, {schema}.duties, {schema}.schedules,
-       {schema}.limits, {schema}.gates, {schema}.buckets, {schema}.queues
+       {schema}.limits, {schema}.gates, {schema}.buckets, {schema}.queues, {schema}.cascades
     TO {role};
 GRANT SELECT ON {schema}.migrations, {schema}.instance_view, {schema}.signal_view TO {role};
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO {role};

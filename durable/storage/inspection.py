@@ -54,6 +54,8 @@ class Listed(NamedTuple):
     rate_limit: str | None
     lane: str | None
     limit_missing: bool | None
+    unread: bool
+    """Whether it is finished and has signals that no step was shown."""
 
     @property
     def waits_for(self) -> str | None:
@@ -101,6 +103,8 @@ class Detail(NamedTuple):
     weight: int
     lane: str | None
     limit_missing: bool | None
+    signals_seen: int | None
+    """Of a finished one: the newest signal that a step was shown; newer ones are unread."""
 
 
 class QueueState(NamedTuple):
@@ -346,6 +350,6 @@ def purge(queue: str | None) -> Operation[int]:
     locked = yield "lock_purgeable", {"queue": queue}
     rows = yield "purge", {"ids": Int8Array([row[0] for row in locked])}
     yield from instances.lower_barriers(Counter(row[1] for row in rows if row[1] is not None))
-    yield from instances.clear_inboxes([row[0] for row in rows if row[2]])
+    yield from instances.clear_inboxes([row[0] for row in rows if row[2] is not None])
     yield from lanes.open_lanes((lane for row in rows for lane in lanes_of(row[3], row[4])), wait=False)
     return len(rows)

@@ -28,6 +28,8 @@ INSERT_CHUNK = 5000
 """Rows of one insert statement; larger batches take several in one transaction."""
 MOST_BYTES = 256 * 1024 * 1024
 """Of payloads in one insert statement with keys: a message of 1 GiB ends the connection."""
+WALKS = 3
+"""Walks of a tree that is cancelled: two find everything, a third is for a tree without a mark."""
 COPY_FROM = 200
 """Rows from which a COPY is worth its two more round trips; beside rows with keys, ids are drawn anyway: always."""
 
@@ -229,22 +231,53 @@ class Cancelled(NamedTuple):
     itself: bool = True
 
 
-def cancel(instance_id: int, reason: str, cascade: bool = False, terminate: bool = False) -> Operation[Cancelled]:
+def cancel(
+    instance_id: int, reason: str, cascade: bool = False, terminate: bool = False, mark: int | None = None
+) -> Operation[Cancelled]:
     """Cancel a waiting instance, or ask an executing one. Needs a transaction.
 
-    cascade    its whole tree too, of one that is finished what still lives of it
-    terminate  have the process killed that executes one
+    The first walk of a tree locks every row that existed when it began. What it missed are children of outcomes that
+    were being committed then, and had not seen the mark: their parents are locked now, so that a second walk finds all
+    of them. Outcomes that commit later see the mark, and cancel themselves with the children they insert. So two walks
+    are enough, however fast the tree grows.
+
+    Args:
+        instance_id: The instance.
+        reason: Kept with what is cancelled.
+        cascade: Cancel its whole tree too, of one that is finished what still lives of it.
+        terminate: Have the process killed that executes one.
+        mark: What `mark_cascade` returned, committed before; without one a tree must not grow meanwhile.
     """
     error = Jsonb({"type": "Cancelled", "message": reason})
     found: dict[int, str] = {}
-    while True:
+    if mark is not None:
+        yield "hold_cascade", {"id": mark}
+    for _ in range(WALKS if cascade else 1):
         rows = yield "cancel", {"id": instance_id, "cascade": cascade, "terminate": terminate, "error": error}
         known = len(found)
         found.update(rows)
-        if not cascade or len(found) == known:
+        if len(found) == known:
             break
+    if mark is not None:
+        yield "end_cascade", {"id": mark}
     woken = yield from end([row for row, status in found.items() if status == "cancelled"], waiting=True)
     return Cancelled(bool(found), woken, "executing" in found.values(), instance_id in found)
+
+
+def mark_cascade(instance_id: int, reason: str, terminate: bool) -> Operation[int]:
+    """Note a cascading cancel that is to begin; return its mark. Must be committed before `cancel` walks the tree."""
+    error = Jsonb({"type": "Cancelled", "message": reason})
+    rows = yield "mark_cascade", {"id": instance_id, "terminate": terminate, "error": error}
+    return int(rows[0][0])
+
+
+def finish_cascade(age: float) -> Operation[Cancelled | None]:
+    """Finish one cascading cancel that its process left `age` seconds ago; None: there is none. Needs a transaction."""
+    rows = yield "left_cascade", {"age": age}
+    if not rows:
+        return None
+    mark, target, terminate, error = rows[0]
+    return (yield from cancel(target, error["message"], True, terminate, mark))
 
 
 def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
@@ -254,8 +287,9 @@ def cancel_asked(instance_id: int, token: int) -> Operation[bool]:
 
 
 def end(ids: Sequence[int], *, waiting: bool = False) -> Operation[dict[str, int]]:
-    """Finish what ended these rows, in the same transaction: lower barriers, clear inboxes, move them to history.
+    """Finish what ended these rows, in the same transaction: lower barriers, delete signals, move them to history.
 
+    A failed row keeps its signals; others keep those that no step was shown.
     waiting  whether they may have waited for a limit: somebody else sees to their lanes then
     Rows that keep a correlation key reserved stay. Returns how many rows became runnable, per queue.
     """
@@ -266,13 +300,15 @@ def end(ids: Sequence[int], *, waiting: bool = False) -> Operation[dict[str, int
     opened = (yield from open_lanes(lane for row in rows for lane in lanes_of(row[3], row[4]))) if waiting else {}
     counts = Counter(row[1] for row in rows if row[1] is not None)
     woken = yield from lower_barriers(counts)
-    yield from clear_inboxes([row[0] for row in rows if row[2]])
+    inboxes = [row[0] for row in rows if row[2] is not None]
+    if inboxes:
+        yield "settle_inboxes", {"ids": Int8Array(sorted(inboxes))}
     yield "archive", {"ids": Int8Array(sorted(ids))}
     return dict(Counter(woken) + Counter(opened))
 
 
 def clear_inboxes(ids: Sequence[int]) -> Operation[None]:
-    """Forget every signal of finished instances."""
+    """Delete every signal of deleted instances."""
     if ids:
         yield "clear_inboxes", {"ids": Int8Array(sorted(ids))}
 

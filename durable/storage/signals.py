@@ -111,3 +111,9 @@ def inbox(ids: Sequence[int]) -> Operation[dict[int, list[StoredSignal]]]:
     for target, *signal in rows:
         found.setdefault(target, []).append(StoredSignal(*signal))
     return found
+
+
+def unread(instance_id: int) -> Operation[list[StoredSignal]]:
+    """Return the signals of a finished instance that no step was shown, oldest first; none while it is live."""
+    rows = yield "unread", {"id": instance_id}
+    return [StoredSignal(*row) for row in rows]

@@ -41,7 +41,8 @@ def drain(
     raise_errors    re-raise the first exception that a step ends with, after its outcome (a retry, say) was committed;
                     otherwise it is logged, as in production
     Returns a tally: `steps`, and how many of them ended in `next`, `retry`, `await`, `schedule_children`, `done`,
-    `failed`, `cancelled`; `stale` if somebody took a row away meanwhile; no entry where there was none.
+    `failed`, `cancelled`, `rerun` (the last step runs again for a signal); `stale` if somebody took a row away
+    meanwhile; no entry where there was none.
     Raises DrainError after `max_steps`; UnknownTaskError, after everything else was run, when rows of tasks were left
     alone that this app does not have; DatabaseUnavailableError.
     """

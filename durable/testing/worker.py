@@ -17,7 +17,7 @@ import psycopg
 from durable.app import Durable
 from durable.errors import ConnectionUsageError, DatabaseUnavailableError
 from durable.instance import Claimed
-from durable.runtime import identity
+from durable.runtime import identity, reporting
 from durable.runtime.backoff import Backoff
 from durable.runtime.coroutines import CoroutineRunner
 from durable.runtime.executor import Executor
@@ -84,7 +84,7 @@ class BorrowedTransaction:
                 "error out, or use `with ctx.connection.transaction():` around what may fail"
             )
         instance_id = self._claimed.id
-        standing = self._link.run(claims.hold(self._worker(), self._claimed))
+        standing = self._link.run(claims.hold(self._worker(), self._claimed, commit.rerun))
         if standing == "owned":
             self._block.__exit__(None, None, None)
             return commit
@@ -188,6 +188,10 @@ class LocalWorker:
         claimed = commit.claimed
         if claimed.id not in flushed.committed:
             return None, None
+        if flushed.unread or flushed.rerun:
+            reporting.unread([commit], flushed)
+        if claimed.id in flushed.rerun:
+            return "rerun", None
         if commit.kind == "end" or claimed.id in flushed.ended:
             # A cancel may have overruled the outcome, or the database refused it.
             end = self._link.run(instances.snapshot(claimed.id))
@@ -212,7 +216,7 @@ class LocalWorker:
     def _next(self, commit: Commit, flushed: Flushed) -> Claimed | None:
         if commit.status != "executing":
             return None
-        return self._with_inbox(commit.next_claim(commit.claimed.id in flushed.inboxes))
+        return self._with_inbox(commit.next_claim(flushed.inboxes.get(commit.claimed.id)))
 
     def _with_inbox(self, row: Claimed) -> Claimed:
         if not row.inbox:

@@ -154,10 +154,7 @@ def _boom() -> None:
     raise RuntimeError("no")
 
 
-def test_a_signal_that_came_with_the_failure_is_shown_after_the_retry(
-    app: Durable, driver: Driver, connection: psycopg.Connection[Any]
-) -> None:
-    """Its sender's transaction committed while the failure waited for the row, too late for the failure to see it."""
+def test_a_signal_that_came_with_the_failure_is_shown_after_the_retry(app: Durable, driver: Driver) -> None:
     broken = [True]
 
     @app.machine(name="waits")
@@ -173,14 +170,11 @@ def test_a_signal_that_came_with_the_failure_is_shown_after_the_retry(
             return Done([signal.payload for signal in ctx.awaited])
 
     results = [Waits.delay(), app.insert(Waits, correlation_key="kept", correlation_scope=["failed"])]
-    driver.drain()
-    assert [result.status for result in results] == ["failed", "failed"]
+    commits = [driver.execute(claimed) for claimed in driver.claims()]
     for result in results:
-        connection.execute(
-            f"INSERT INTO {app.schema}.signals (target_id, name, payload_type, payload)"
-            " VALUES (%s, 'paid', 'json', '5')",
-            [result.id],
-        )
+        result.signal("paid", 5)
+    driver.flush(*commits)
+    assert [result.status for result in results] == ["failed", "failed"]
     broken[0] = False
     for result in results:
         assert app.retry(result.id)

@@ -392,7 +392,7 @@ def test_every_progress_consumes(app: Durable, driver: Driver, view: View, outco
 
 
 @pytest.mark.parametrize("end", ["done", "failed", "cancelled", "cancelled while executing", "kept"])
-def test_every_end_clears_the_inbox_tombstones_too(app: Durable, driver: Driver, view: View, end: str) -> None:
+def test_end_clears_signals_that_were_shown(app: Durable, driver: Driver, view: View, end: str) -> None:
     @app.machine(name="ender")
     class Ender(Machine):
         @step(initial=True)
@@ -423,7 +423,8 @@ def test_every_end_clears_the_inbox_tombstones_too(app: Durable, driver: Driver,
     else:
         driver.drain()
     assert result.status == ("done" if end == "kept" else end.split()[0])
-    assert view.count("signals") == 0
+    # A failed one can be retried and keeps all, the tombstone of "go" too; no step was shown "late" before the cancel.
+    assert view.count("signals") == {"failed": 2, "cancelled": 1}.get(end, 0)
     assert view.count("instances") == (1 if end == "kept" else 0)
 
 
@@ -736,7 +737,7 @@ def test_a_connection_that_can_not_be_used_is_refused(app: Durable, waiter: type
 # Left behind
 
 
-def test_signals_of_what_is_finished_are_swept_after_a_minute(
+def test_signals_of_what_is_gone_are_swept(
     app: Durable, driver: Driver, view: View, waiter: type[Machine], connection: Any
 ) -> None:
     live = waiter.delay()
@@ -745,11 +746,8 @@ def test_signals_of_what_is_finished_are_swept_after_a_minute(
     for target in (live.id, 424242):
         for age in (timedelta(seconds=1), timedelta(minutes=2)):
             connection.execute(insert, (target, age))
-    assert driver.run(maintenance.sweep_signals()) == 1
-    assert view.rows("SELECT target_id, count(*) FROM {schema}.signals GROUP BY 1 ORDER BY 2, 1") == [
-        (424242, 1),
-        (live.id, 3),
-    ]
+    assert driver.run(maintenance.sweep_signals()) == 2
+    assert view.rows("SELECT target_id, count(*) FROM {schema}.signals GROUP BY 1") == [(live.id, 3)]
 
 
 # Bad input

@@ -55,6 +55,10 @@ class Instance:
     cancel_requested: bool = False
     awaits: tuple[str, ...] | None = None
     shown: set[int] = field(default_factory=set)
+    newest: int = 0
+    """The newest signal delivered; `seen`: the newest that a step whose outcome committed was shown."""
+    seen: int = 0
+    rerun: bool = False
     deadline: int | None = None
     inbox: list[Signal] = field(default_factory=list)
     pending: int = 0
@@ -89,6 +93,7 @@ class Flight:
     token: int
     version: int
     shown: tuple[int, ...]
+    seen: int
     plan: Plan
 
 
@@ -131,6 +136,7 @@ class Model:
             expires=None if spec["expires"] is None else self.now + spec["expires"],
             parent_id=parent and parent.id,
             parent_round=parent and parent.rounds,
+            rerun=spec["rerun"],
         )
         return born
 
@@ -143,6 +149,7 @@ class Model:
             return False
         self._signals += 1
         found.inbox.append(Signal(self._signals, name, payload, dedup))
+        found.newest = self._signals
         if found.status == "awaiting_signal" and name in (found.awaits or ()):
             self._wake(found)
         return True
@@ -177,7 +184,7 @@ class Model:
         if i.status != "failed":
             return False
         i.status, i.attempt, i.crashes, i.result, i.expires = "runnable", 0, 0, None, None
-        i.awaits, i.shown, i.deadline, i.parent_round = None, set(), None, None
+        i.deadline, i.parent_round = None, None
         return True
 
     def purge(self, queue: str) -> int:
@@ -251,7 +258,7 @@ class Model:
         ]
         inbox = [s.payload for s in i.inbox if not s.consumed]
         decided = plan(i.kind, i.state, [s.payload for s in shown], inbox, children, i.attempt)
-        return Flight(i.id, i.worker, i.token, i.version, tuple(s.number for s in shown), decided)
+        return Flight(i.id, i.worker, i.token, i.version, tuple(s.number for s in shown), i.newest, decided)
 
     def owns(self, flight: Flight) -> bool:
         """Whether the claim of a step still stands."""
@@ -269,6 +276,10 @@ class Model:
         for flight in owned:
             i = self.instances[flight.id]
             i.version += 1
+            unread, i.seen = i.newest > flight.seen, flight.seen
+            if i.rerun and unread and flight.plan.kind in TERMINAL and not i.cancel_requested:
+                i.status, i.error, i.crashes, i.worker = "runnable", None, 0, None
+                continue
             if flight.plan.state is not None:  # kept also where a cancel overrules what was to come of it
                 i.step, i.state = OTHER[i.step], flight.plan.state
                 i.rounds += flight.plan.kind == "children"
@@ -358,7 +369,9 @@ class Model:
         """Finish instances together: all of them have ended before the first barrier is lowered."""
         gone = []
         for i, status in ends:
-            i.status, i.worker, i.inbox = status, None, []
+            i.status, i.worker = status, None
+            if status != "failed":
+                i.inbox = [s for s in i.inbox if s.number > i.seen]
             gone.append(i)
         self._lower(gone)
 

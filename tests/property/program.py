@@ -2,7 +2,8 @@
 
 A spec says how to insert an instance, as a dict of SPEC's names. Of kind "walk" it is a machine whose state holds what
 is left to do, as a list of operations; of kind "work" a task that returns its value, of kind "shaky" one that asks for
-that many retries. `tag` tells instances apart whose ids are not known yet.
+that many retries. `rerun`: it runs its last step again for a signal that
+arrives meanwhile. `tag` tells instances apart whose ids are not known yet.
 
     ["next", delay, inline]                  ["await", names, least, timeout, tries]
     ["retry", times, delay]                  ["spawn", specs]
@@ -30,6 +31,7 @@ SPEC = {
     "key": None,
     "scope": None,
     "limit": None,
+    "rerun": False,
 }
 INITIAL = {"walk": "even", "work": "run", "shaky": "run"}
 OTHER = {"even": "odd", "odd": "even"}
@@ -123,6 +125,16 @@ class Programs:
             def odd(self, ctx: Context) -> Any:
                 return programs.outcome(ctx)
 
+        @app.machine(name="rewalk", on_unread="rerun")
+        class Rewalk(Machine):
+            @step(initial=True)
+            def even(self, ctx: Context) -> Any:
+                return programs.outcome(ctx)
+
+            @step
+            def odd(self, ctx: Context) -> Any:
+                return programs.outcome(ctx)
+
         @app.task(name="work")
         def work(tag: int, value: Any) -> Any:
             return value
@@ -133,11 +145,11 @@ class Programs:
                 ctx.retry(countdown=SHAKY_DELAY)
             return "at last"
 
-        self.walk, self.work, self.shaky = Walk, work, shaky
+        self.walk, self.rewalk, self.work, self.shaky = Walk, Rewalk, work, shaky
 
     def target(self, spec: dict[str, Any]) -> Any:
         """The machine or task of a spec."""
-        return getattr(self, spec["kind"])
+        return self.rewalk if spec["rerun"] else getattr(self, spec["kind"])
 
     def entry(self, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """A spec as `insert_many` and ScheduleChildren take it."""

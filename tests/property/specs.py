@@ -69,9 +69,10 @@ _HOPS = [
     *([["spawn", family]] for family in _FAMILIES),
 ]
 _PROGRAMS = st.builds(
-    lambda hops, end: spec("walk", [*itertools.chain(*hops), *end]),
+    lambda hops, end, rerun: spec("walk", [*itertools.chain(*hops), *end], rerun=rerun),
     st.lists(st.sampled_from(_HOPS), min_size=1, max_size=3),
     mostly([], [["stop"]], [["raise"]]),
+    mostly(False, True),
 )
 _KINDS = st.one_of(_PROGRAMS, _PROGRAMS, _PROGRAMS, st.sampled_from([_WORK, _AT_LAST, _HOPELESS, *_FAILURES]))
 _OPTIONS = [

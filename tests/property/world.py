@@ -173,7 +173,8 @@ def in_words(row: dict[str, Any]) -> dict[str, Any]:
         "error": row["error"],
     }
     if row["status"] in TERMINAL:
-        return words
+        words["unread"] = (row["inbox"] or 0) > (row["signals_seen"] or 0)
+        return words | {"awaits": row["awaits"]} if row["status"] == "failed" else words
     return words | {
         "attempt": row["attempt"],
         "crashes": row["crashes"],
@@ -190,7 +191,8 @@ def foretold(i: Instance) -> dict[str, Any]:
     words = {name: getattr(i, name) for name in (*same, "rounds", "cancel_requested", "result", "error")}
     words |= {"kept": not i.live and i.occupies, "state": i.state}
     if not i.live:
-        return words
+        words["unread"] = any(s.number > i.seen for s in i.inbox)
+        return words | {"awaits": i.awaits and list(i.awaits)} if i.status == "failed" else words
     return words | {
         "attempt": i.attempt,
         "crashes": i.crashes,

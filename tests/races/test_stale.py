@@ -23,6 +23,7 @@ from tests.interleaving import (
     flush,
     flushing,
     going_on,
+    handed,
     inbox,
     spawning,
     wait_blocked,
@@ -90,7 +91,7 @@ def test_an_outcome_of_any_kind_waits_for_the_thief_of_its_row_and_then_changes_
     after_the_theft = everything(rows)
     thief.commit()
     flushed = late.result(20)
-    assert (flushed.committed, flushed.ready, flushed.ended, flushed.inboxes) == (set(), {}, set(), set())
+    assert (flushed.committed, flushed.ready, flushed.ended, flushed.inboxes) == (set(), {}, set(), {})
     assert everything(rows) == after_the_theft
 
 
@@ -105,7 +106,7 @@ def test_the_run_that_took_over_stands_and_ends_as_if_nobody_else_had_been_there
     wait_blocked(watcher, owner, late)
     (again,) = claim.commit()
     assert late.result(20).committed == set()
-    assert (again.version, again.step, again.attempt, again.inbox) == (0, claimed.step, 0, True)
+    assert (again.version, again.step, again.attempt, again.inbox) == (0, claimed.step, 0, max(shown))
     assert inbox(rows, claimed.id) == 2
     assert flush(rows, thief, done(again)).ready == {"default": 1}, "its parent was counted once, by this end"
     assert rows.status(claimed.id) == "done"
@@ -121,9 +122,11 @@ def test_a_mixed_batch_waits_for_those_taken_away_and_makes_riders_only_for_the_
     parent, children = family(rows, worker, 3)
     everyone = [row.id for row in (*taken, *kept)]
     rows.atomically(delivering(*everyone))
-    shown = {target: [signal.id for signal in box] for target, box in rows.run(signals.inbox(everyone)).items()}
+    taken, kept = handed(rows, *taken), handed(rows, *kept)
     commits = [
-        OUTCOMES[kind](row, shown[row.id]) for group in (taken, kept) for kind, row in zip(kinds, group, strict=True)
+        OUTCOMES[kind](row, [signal.id for signal in row.signals])
+        for group in (taken, kept)
+        for kind, row in zip(kinds, group, strict=True)
     ]
     lost = [(row.id, row.token) for row in (*taken, children[0])]
     thief = Held(rows, claims.release(worker, lost)).until(None)
@@ -138,7 +141,7 @@ def test_a_mixed_batch_waits_for_those_taken_away_and_makes_riders_only_for_the_
     assert [inbox(rows, row.id) for row in taken] == [1] * len(kinds)
     by_kind = dict(zip(kinds, kept, strict=True))
     gone = {kind for kind, row in by_kind.items() if inbox(rows, row.id) == 0}
-    assert gone == {"done", "done, key kept", "failed", "stop", "cancel", "next", "next later", "inline hop"}
+    assert gone == {"done", "done, key kept", "cancel", "next", "next later", "inline hop"}, "failed ones keep theirs"
     spawned = rows.fetch("SELECT DISTINCT parent_id FROM {schema}.instances WHERE parent_id IS NOT NULL ORDER BY 1")
     assert [row["parent_id"] for row in spawned] == sorted([by_kind["children"].id, parent])
     # Two retries and steps at once, a park that was woken, a parent without children; and two children.

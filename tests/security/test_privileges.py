@@ -23,10 +23,10 @@ Connection = psycopg.Connection[Any]
 
 TABLES = {
     "instances", "history", "signals", "workers", "duties", "schedules", "limits", "gates", "buckets", "queues",
-    "migrations", "grants",
+    "cascades", "migrations", "grants",
 }  # fmt: skip
 VIEWS = {"instance_view", "signal_view"}
-SEQUENCES = {"instance_ids", "workers_id_seq", "signals_id_seq"}
+SEQUENCES = {"instance_ids", "workers_id_seq", "signals_id_seq", "cascades_id_seq"}
 FUNCTIONS = {"make_partition(day date)", "drop_partition(day date)", "thin_partition(day date, wanted bigint[])"}
 PARTITIONS = "history_*"
 
@@ -39,7 +39,7 @@ PRODUCER_COLUMNS = {
     ("instances", "UPDATE"): "inbox status eligible_at deadline",
     ("history", "SELECT"): "id status queue machine step version finished_at cancel_requested result_type result error",
     ("signals", "INSERT"): "target_id name dedup_key payload_type payload trace",
-    ("signals", "SELECT"): "target_id name dedup_key",
+    ("signals", "SELECT"): "id target_id name dedup_key",
 }
 PRODUCER = {
     "schema USAGE",

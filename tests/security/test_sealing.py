@@ -288,7 +288,7 @@ def test_a_pickled_row_fails_without_being_loaded(app: Durable, rows: Rows, data
         "INSERT INTO {schema}.signals (target_id, name, payload_type, payload) VALUES (%s, 'paid', 'pickle', %s)",
         [order.id, body],
     )
-    rows.fetch("UPDATE {schema}.instances SET status = 'runnable', inbox = true WHERE id = %s", [order.id])
+    rows.fetch("UPDATE {schema}.instances SET status = 'runnable', inbox = 1 WHERE id = %s", [order.id])
     rows.fetch("UPDATE {schema}.history SET result_type = 'pickle', result = %s WHERE id = %s", [body, done.id])
     drain(shop_app)
     try:

@@ -49,7 +49,8 @@ VALUES: Row = {
     "correlation_key": "order:1",
     "correlation_scope": LIVE,
     "reason": "handed back",
-    "inbox": True,
+    "inbox": 4,
+    "signals_seen": 2,
     "awaits": ["paid"],
     "shown": [3],
     "deadline": MOMENT,
@@ -139,6 +140,11 @@ def reclaimed(most: int) -> Callable[[Rows, int, int], None]:
     return run
 
 
+def with_wait(changed: Mapping[str, str]) -> Mapping[str, str]:
+    """A failed instance keeps what it awaited, for a retry."""
+    return {name: why for name, why in changed.items() if name not in ("awaits", "shown")}
+
+
 def without_error(changed: Mapping[str, str]) -> Mapping[str, str]:
     """A cancelled instance keeps the error that says who cancelled it."""
     return {name: why for name, why in changed.items() if name != "error"}
@@ -154,7 +160,7 @@ ENDS = {
 }
 MOVED = {
     "reason": "says why an instance waits; a finished one does not wait",
-    "inbox": "the signals of a finished instance are deleted",
+    "signals_seen": "its last step was shown newer ones",
     "awaits": "a finished instance awaits nothing",
     "shown": "a finished instance awaits nothing",
     "deadline": "a finished instance awaits nothing",
@@ -163,6 +169,7 @@ MOVED = {
 }
 KEPT = {
     "worker_id": "in the live table it says who runs an instance now",
+    "signals_seen": "its last step was shown newer ones",
     "awaits": "a finished instance awaits nothing",
     "shown": "a finished instance awaits nothing",
     "deadline": "a finished instance awaits nothing",
@@ -187,10 +194,7 @@ RETRIED = {
     "result_type": "there is no result yet",
     "result": "there is no result yet",
     "reason": "it waits for nothing but a worker",
-    "inbox": "its signals were deleted with its end",
-    "awaits": "its signals were deleted with its end",
-    "shown": "its signals were deleted with its end",
-    "deadline": "its signals were deleted with its end",
+    "deadline": "it runs at once",
     "parent_round": "a barrier that counted its end does not count it again",
 }
 MOVED_BACK = {
@@ -206,7 +210,7 @@ OPERATIONS = {
         flushed("done"), ENDS | MOVED, values={"cancel_requested": False, "correlation_scope": None}
     ),
     "finish, failed": Operation(
-        flushed("failed"), ENDS | MOVED, values={"cancel_requested": False, "correlation_scope": None}
+        flushed("failed"), with_wait(ENDS | MOVED), values={"cancel_requested": False, "correlation_scope": None}
     ),
     "finish, cancelled": Operation(flushed("done"), without_error(ENDS | MOVED), values={"correlation_scope": None}),
     "finish and archive": Operation(flushed("done"), ENDS | KEPT, values={"cancel_requested": False}),

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from durable import Durable
-from durable.storage import instances, partitions
-from durable.storage.arrays import Int4Array, TextArray
+from durable.storage import claims, instances, partitions
+from durable.storage.arrays import Int4Array, Int8Array, TextArray
+from durable.storage.claims import Commit
 from durable.storage.session import connect
-from tests.fix_rows import Rows
+from tests.fix_rows import DONE, Rows
 from tests.storage.hot import (
     BY_ID,
+    CLAIMED,
     FORBIDDEN,
     GATES,
     HOT_STATEMENTS,
@@ -117,6 +119,14 @@ def test_a_plan_made_beside_an_empty_table_looks_its_rows_up_for_it_may_be_kept(
     lookups = [node for node in nodes if node.get("Index Name") == "instances_pkey"]
     assert lookups
     assert [node for node in lookups if "Index Cond" not in node] == []
+
+
+@pytest.mark.parametrize("name", ["finish", "settle_inboxes", "unread_counts", "sent_meanwhile", "clear_inboxes"])
+def test_ends_reach_signals_by_their_target(full: Rows, name: str) -> None:
+    parameters: dict[str, Any] = {"ids": Int8Array(IDS), "seen": Int8Array(IDS)}
+    if name == "finish":
+        parameters = statement(claims._flush(1, [Commit(row, "done", DONE) for row in CLAIMED]))[1]
+    assert reads(plan(full, full.connection, name, parameters), "signals") == {"signals_target"}
 
 
 @pytest.mark.parametrize("mode", ["auto", "force_generic_plan"])

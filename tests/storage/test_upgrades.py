@@ -123,7 +123,8 @@ class Old:
             waits = {**order, "status": "awaiting_signal", "step": "paid", "awaits": "{paid}"}
             self.awaiting = self.instance(["paid"], **waits)
             self.instance([], deadline=AN_HOUR_AGO, **waits)
-            shown = self.instance(["paid"], step="paid", inbox=True, awaits="{paid}", **order)
+            inbox = True if self.release < 12 else 1
+            shown = self.instance(["paid"], step="paid", inbox=inbox, awaits="{paid}", **order)
             self._put("signals", target_id=shown, name="paid", payload_type="json", payload=b"null")
             parent = self.instance(["worked", "worked"], status="awaiting_children", step="join", children_round=1,
                                    children_pending=2, **order)  # fmt: skip

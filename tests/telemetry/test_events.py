@@ -30,6 +30,7 @@ SPEC = {
     "concurrency.throttled": (("wanted", "admitted"), ("key", "queue")),
     "outcome.stale": (("count",), ("id", "fsm", "step", "kind")),
     "reaper.reaped": (("count",), ("ids",)),
+    "signal.unread": (("count",), ("id", "fsm", "step", "rerun")),
     "await.timeout": (("count",), ()),
     "gc.swept": (("count", "buckets", "gates"), ()),
     "rate_limit.throttled": (("wanted", "granted"), ("key", "queue")),

@@ -55,6 +55,10 @@ def robbed():
     with psycopg.connect(app.dsn(), autocommit=True) as connection:
         connection.execute(f"UPDATE {app.schema}.instances SET token = token + 1 WHERE id = %s AND token = 1", [ctx.id])
 
+@app.task
+def signalled():
+    app.signal(current().id, "late")
+
 @app.machine
 class Sleeper(Machine):
     @step(initial=True)
@@ -117,7 +121,8 @@ def test_every_event_is_heard_from_real_processes(
 
     tasks.Sleeper.delay()
     tasks.robbed.delay()
-    for name in ("await.timeout", "outcome.stale", "step.stop", "pick.stop"):
+    tasks.signalled.delay()
+    for name in ("signal.unread", "await.timeout", "outcome.stale", "step.stop", "pick.stop"):
         wait_for(name)
 
     with psycopg.connect(database) as other, other.transaction():

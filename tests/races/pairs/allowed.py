@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 
 from durable.instance import LIVE, TERMINAL
-from tests.races.pairs.world import EXECUTING, OWNER, TOKEN, VERSION, Row, State
+from tests.races.pairs.world import EXECUTING, NEW, OWNER, TOKEN, VERSION, Row, State
 
 EDGES: Mapping[str | None, frozenset[str | None]] = {
     None: frozenset({"runnable", "scheduled"}),
@@ -98,9 +98,18 @@ def _wakeups(state: State) -> Iterator[object]:
 
 
 def _inboxes(state: State) -> Iterator[object]:
-    """A row whose inbox holds something says so."""
-    holding = {signal["target_id"] for signal in state.signals if not signal["consumed"]}
-    yield from (row for row in state.live if row["id"] in holding and row["status"] in LIVE and not row["inbox"])
+    """A row whose inbox holds something says so; a finished one of every signal that came meanwhile."""
+    newest: dict[int, int] = {}
+    for signal in state.signals:
+        if not signal["consumed"]:
+            newest[signal["target_id"]] = max(signal["id"], newest.get(signal["target_id"], 0))
+    for row in state.rows:
+        signal_id = newest.get(row["id"], 0)
+        if (row["status"] in LIVE or signal_id >= NEW) and signal_id > (row["inbox"] or 0):
+            yield row
+    for row in state.rows:
+        if (row["inbox"] or 0) >= NEW and newest.get(row["id"], 0) < row["inbox"]:
+            yield "an accepted signal is gone", row
 
 
 def _barriers(state: State) -> Iterator[object]:

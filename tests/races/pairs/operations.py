@@ -70,7 +70,7 @@ def soon(commit: Commit) -> Commit:
 
 def two_outcomes(scene: Scene) -> list[Commit]:
     second = scene.claimed._replace(
-        id=SECOND, token=1, version=0, correlation_key=f"k{SECOND}", keeps_key=False, children_round=0, inbox=False
+        id=SECOND, token=1, version=0, correlation_key=f"k{SECOND}", keeps_key=False, children_round=0, inbox=None
     )
     second = second._replace(concurrency_key=None, gate_shard=None)
     return [OUTCOMES["done"](scene.claimed, SHOWN), OUTCOMES["next"](second, ())]

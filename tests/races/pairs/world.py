@@ -30,7 +30,7 @@ SHOWN = (1, 2)
 """Ids of the signals that the step of EXECUTING was shown."""
 LONG_AGO = "2026-01-01T00:00:00+00:00"
 NEW = 1000
-_IDS = ("id", "target_id", "parent_id")
+_IDS = ("id", "target_id", "parent_id", "inbox", "signals_seen")
 
 Row = dict[str, Any]
 Shape = Mapping[str, Sequence[str]]
@@ -64,7 +64,7 @@ _INSTANCE: Row = {
     "step": "run",
     "state_type": "json",
     "state": "\\x7b7d",
-    "inbox": False,
+    "inbox": None,
     "parent_id": PARENT,
     "parent_round": 1,
     "children_pending": 0,
@@ -164,7 +164,7 @@ class Scene:
             "default",
             parent_id=PARENT,
             children_round=1,
-            inbox=True,
+            inbox=max(SHOWN),
             parent_round=1,
             concurrency_key=row.get("concurrency_key"),
             gate_shard=row.get("gate_shard"),
@@ -325,7 +325,7 @@ def _instances(traits: Traits) -> list[Row]:
     executing: Row = {
         "token": TOKEN,
         "version": VERSION,
-        "inbox": True,
+        "inbox": max(SHOWN),
         "children_round": 1,
         "cancel_requested": "asked" in traits,
         "correlation_scope": ["executing", "done", "failed"] if "kept" in traits else None,
