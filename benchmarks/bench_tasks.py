@@ -1,9 +1,13 @@
 """The app that the benchmarks' workers import; database and schema come from the environment."""
 
+import asyncio
 import os
+import time
 
 from benchmarks import stamps
 from durable import Await, Context, Done, Durable, Machine, Next, ScheduleChildren, step
+
+MILLISECOND = 0.001
 
 app = Durable("bench", schema=os.environ.get("BENCH_SCHEMA", "bench"))
 
@@ -17,6 +21,26 @@ def noop() -> None:
 def stamp(sent: int) -> None:
     """Say when it starts."""
     stamps.stamp(sent)
+
+
+@app.task(name="work")
+def work(sent: int) -> None:
+    """Take a millisecond, then say when it ended."""
+    time.sleep(MILLISECOND)
+    stamps.stamp(sent)
+
+
+@app.task(name="awork")
+async def awork(sent: int) -> None:
+    """`work` on the event loop."""
+    await asyncio.sleep(MILLISECOND)
+    stamps.stamp(sent)
+
+
+@app.task(name="nothing")
+def nothing() -> None:
+    """Take a millisecond."""
+    time.sleep(MILLISECOND)
 
 
 class _Chain(Machine):
@@ -77,3 +101,37 @@ class Sleeper(Machine):
     @step
     def end(self, ctx: Context) -> Done:
         return Done(ctx.awaited[0].payload)
+
+
+@app.machine(name="work_chain")
+class WorkChain(Machine):
+    """Three steps of a millisecond, each claimed anew; the last one says when it ended."""
+
+    @step(initial=True)
+    def first(self, ctx: Context) -> Next:
+        time.sleep(MILLISECOND)
+        return Next(self.second)
+
+    @step
+    def second(self, ctx: Context) -> Next:
+        time.sleep(MILLISECOND)
+        return Next(self.third)
+
+    @step
+    def third(self, ctx: Context) -> Done:
+        work.function(ctx.state["sent"])
+        return Done(None)
+
+
+@app.machine(name="work_sleeper")
+class WorkSleeper(Machine):
+    """Parks until a signal comes, then works."""
+
+    @step(initial=True)
+    def start(self, ctx: Context) -> Await:
+        return Await("wake", then=self.end)
+
+    @step
+    def end(self, ctx: Context) -> Done:
+        work.function(ctx.awaited[0].payload)
+        return Done(None)

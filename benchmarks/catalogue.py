@@ -7,13 +7,13 @@ from benchmarks.drain import drain
 from benchmarks.enqueue import enqueue
 from benchmarks.fanout import fanout
 from benchmarks.idle import idle
-from benchmarks.latency import latency
 from benchmarks.limits import limits
 from benchmarks.memory import memory
 from benchmarks.peers.measure import peers
 from benchmarks.registry import Benchmark
 from benchmarks.signals import signals
 from benchmarks.snapshot import snapshot
+from benchmarks.steady import latency
 from benchmarks.steps import steps
 
 BENCHMARKS = (

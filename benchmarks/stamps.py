@@ -55,6 +55,16 @@ class Stamps:
         """Return `count` waits in milliseconds. Raises queue.Empty when nothing came for `seconds`."""
         return [self._waits.get(timeout=seconds) for _ in range(count)]
 
+    def drain(self, quiet: float = 0.3) -> int:
+        """Forget what still comes, until nothing has for `quiet` seconds; return how many that were."""
+        count = 0
+        while True:
+            try:
+                self._waits.get(timeout=quiet)
+            except queue.Empty:
+                return count
+            count += 1
+
     def close(self) -> None:
         """Read no more, and close the socket."""
         self._socket.shutdown(socket.SHUT_RD)

@@ -7,6 +7,7 @@ import time
 
 from benchmarks.peers.base import Peer
 from benchmarks.peers.catalogue import BY_KIND
+from benchmarks.peers.celery import CeleryRedis
 
 
 def watch(peer: Peer, count: int) -> None:
@@ -19,7 +20,7 @@ def watch(peer: Peer, count: int) -> None:
     print(found.rate(), flush=True)
 
 
-def main(kind: str, action: str, number: str = "1", seconds: str = "0") -> None:
+def main(kind: str, action: str, number: str = "1", seconds: str = "0", begin: str = "0") -> None:
     """Do it."""
     peer = BY_KIND[kind]()
     if action == "prepare":
@@ -30,6 +31,9 @@ def main(kind: str, action: str, number: str = "1", seconds: str = "0") -> None:
         peer.fill_chains(int(number))
     elif action == "pace":
         peer.pace(int(number), float(seconds))
+    elif action == "steady":
+        assert isinstance(peer, CeleryRedis), "the one peer that is measured under a steady load"
+        peer.steady(float(number), float(seconds), float(begin))
     elif action == "work":
         peer.work(int(number))
     elif action == "watch":

@@ -7,6 +7,7 @@ import time
 from typing import Any, ClassVar
 
 from benchmarks import stamps
+from benchmarks.pace import pace
 from benchmarks.peers.base import RABBITMQ, REDIS, STEPS, RedisResults
 
 PREFETCH = 128
@@ -36,7 +37,12 @@ class _Celery(RedisResults):
         def stamp(sent: int) -> None:
             stamps.stamp(sent)
 
-        self.noop, self.stamp = noop, stamp
+        @self.app.task(name="work")
+        def work(sent: int) -> None:
+            time.sleep(0.001)
+            stamps.stamp(sent)
+
+        self.noop, self.stamp, self.work_task = noop, stamp, work
 
     @property
     def url(self) -> str:
@@ -67,6 +73,10 @@ class _Celery(RedisResults):
         for _ in range(count):
             self.stamp.delay(time.monotonic_ns())
             time.sleep(interval)
+
+    def steady(self, rate: float, seconds: float, begin: float) -> None:
+        """Enqueue 1 ms tasks as `benchmarks.pace` does."""
+        pace(self.work_task.delay, rate, seconds, begin)
 
     def work(self, processes: int) -> None:
         options = ["-P", "prefork", "-c", str(processes), "-l", "ERROR"]
