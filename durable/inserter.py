@@ -61,7 +61,7 @@ class Inserter:
     def _one(self, new: NewInstance, timeout: float | None) -> Write[int]:
         return Write(
             lambda: self._limits.before((new,), instances.insert(new)),
-            lambda _: self._wakeups.after_insert((new,)),
+            lambda instance_id: self._wakeups.after_insert((new,), (instance_id,)),
             lambda _: self._wakeups.in_transaction((new,)),
             atomic=False,
             timeout=call_timeout(timeout),
@@ -70,7 +70,7 @@ class Inserter:
     def _many(self, batch: Sequence[NewInstance], timeout: float | None) -> Write[list[int | None]]:
         return Write(
             lambda: self._limits.before(batch, instances.insert_many(batch)),
-            lambda _: self._wakeups.after_insert(batch),
+            lambda ids: self._wakeups.after_insert(batch, ids),
             lambda _: self._wakeups.in_transaction(batch),
             timeout=call_timeout(timeout),
         )

@@ -1,9 +1,10 @@
 """Which commits wake workers, by NOTIFY.
 
-Two channels per schema: one for queues (agents listen), one for scheduled rows (beats listen). The first insert into
-a queue notifies at once, then at most one per queue, per 50 ms and process: an agent looks again 50 ms after every
-notification, so that the ones left out cost no more than that. And when this process begins to wait for a result, it
-sends what it still owes: whoever waits wants it now. Correctness never depends on any of it.
+Two channels per schema: one for queues (agents listen), one for scheduled rows (beats listen). While rows are inserted
+slowly each insert notifies. A NOTIFY takes a lock of the whole server at commit, so above 400 rows a second in the
+schema a process notifies at most once per queue and 50 ms, as workers look for the rows in between by themselves
+(runtime/lookout.py; an agent looks again 50 ms after every notification). When a process begins to wait for a result,
+it sends what it has saved. Correctness never depends on any of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from durable.instance import NewInstance
 from durable.storage.session import Operation, single
 
 INTERVAL = 0.05
-"""Seconds between two notifications of one queue by one process."""
+"""Seconds between two notifications of one queue by one process, while rows are inserted quickly."""
+QUICKLY = 400
+"""Rows inserted a second, in the whole schema, above which notifications are saved."""
 ANY_QUEUE = "*"
 RESCAN = "!"
 TERMINATE = "terminate"
@@ -68,13 +71,20 @@ class Wakeups:
         self._due_channel = due_channel(schema)
         self._enabled = enabled
         self._clock = clock
-        self._last: dict[str, float] = {}
+        self._last: dict[str, tuple[float, int]] = {}
+        self._newest = 0
         self._owed: dict[str, str] = {}
 
-    def after_insert(self, batch: Sequence[NewInstance]) -> list[Operation[Any]]:
-        """Return the notifications due after the commit of these rows; often none."""
+    def after_insert(self, batch: Sequence[NewInstance], ids: Sequence[int | None] = ()) -> list[Operation[Any]]:
+        """Return the notifications due after the commit of these rows; often none.
+
+        Args:
+            ids: Their ids. How far ids have risen since this process last notified tells how many rows all
+                processes have inserted since, so that it costs nothing to know.
+        """
         if not self._enabled:
             return []
+        self._newest = max(filter(None, ids), default=self._newest)
         counts: dict[str, int] = {}
         priorities: dict[str, int] = {}
         scheduled = False
@@ -87,7 +97,7 @@ class Wakeups:
         operations = []
         for queue, count in counts.items():
             text = payload(queue, count, priorities[queue])
-            if self._may(queue):
+            if self._may(queue, bool(ids)):
                 operations.append(self._notify(self._queue_channel, text))
             else:
                 self._owed[queue] = text
@@ -102,7 +112,7 @@ class Wakeups:
             text = self._owed.pop(queue, None)
             if text is None:
                 continue  # another thread has just sent it
-            self._last[queue] = self._clock()
+            self._last[queue] = self._clock(), self._newest
             operations.append(self._notify(self._queue_channel, text))
         return operations
 
@@ -160,11 +170,15 @@ class Wakeups:
         """Return the notification that a row was scheduled."""
         return [self._notify(self._due_channel, "")] if self._enabled and self._may("") else []
 
-    def _may(self, key: str) -> bool:
-        now = self._clock()
-        if now - self._last.get(key, float("-inf")) < INTERVAL:
-            return False
-        self._last[key] = now
+    def _may(self, key: str, counted: bool = False) -> bool:
+        """Whether a notification is due; `counted`: the newest id is that of a row inserted just now."""
+        now, newest = self._clock(), self._newest
+        last = self._last.get(key)
+        if last is not None and now - last[0] < INTERVAL:
+            since, id_then = now - last[0], last[1]
+            if not counted or newest - id_then > since * QUICKLY:
+                return False
+        self._last[key] = now, newest
         self._owed.pop(key, None)
         return True
 

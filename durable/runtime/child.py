@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from durable import django_support, forks, task_hooks, telemetry
@@ -22,6 +22,7 @@ from durable.app import Durable
 from durable.celery_signals import worker_process_init, worker_process_shutdown
 from durable.runtime import soft_limit
 from durable.runtime.engine import Engine
+from durable.runtime.lookout import Colleague, Lookout
 from durable.runtime.many_engine import ManyEngine
 from durable.runtime.places import Place
 from durable.runtime.shared import Bell, Seat, SharedSeats
@@ -110,13 +111,25 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: Seat, drain_timeout: float) -> int:
-    """Be a worker process in a place until told to stop; return the exit code."""
+def run_child(
+    app: Durable,
+    place: Place,
+    name: str,
+    seats: SharedSeats,
+    seat: Seat,
+    drain_timeout: float,
+    colleagues: Sequence[Colleague],
+) -> int:
+    """Be a worker process in a place until told to stop; return the exit code.
+
+    colleagues  the seats of the other processes of the queue
+    """
     kind, queue, bell = place.kind, place.queue, place.bell
     sys.setswitchinterval(SWITCH_INTERVAL)
     forks.shared(seats)
     forks.shared(seat)
     stop = Stop(drain_timeout, bell)
+    lookout = Lookout(seats.traffic(place.group), colleagues)
 
     def leave() -> None:
         if not seat.leaves:
@@ -126,12 +139,12 @@ def run_child(app: Durable, place: Place, name: str, seats: SharedSeats, seat: S
 
     if place.has_many:
         engine: Engine = ManyEngine(
-            app, kind, place.group, queue, name, seats, seat, bell, lambda: stop.at, leave, stop.now
+            app, kind, place.group, queue, name, seats, seat, bell, lambda: stop.at, lookout, leave, stop.now
         )
         retire = leave
     else:
         engine_of = SuspectEngine if kind == SUSPECTS else Engine
-        engine, retire = engine_of(app, queue, name, seats, seat, bell, lambda: stop.at), stop.retire
+        engine, retire = engine_of(app, queue, name, seats, seat, bell, lambda: stop.at, lookout), stop.retire
     finished = threading.Event()
     failed: list[BaseException] = []
 

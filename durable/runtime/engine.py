@@ -35,11 +35,12 @@ from durable.runtime.buffer import Outbox
 from durable.runtime.flusher import Flusher
 from durable.runtime.link import Link, Stopped
 from durable.runtime.locked_outcomes import LockedOutcomes
+from durable.runtime.lookout import Lookout
 from durable.runtime.pacing import BEHIND_A_LONG_STEP
 from durable.runtime.picker import Picker
 from durable.runtime.reconcile import Reconcile
 from durable.runtime.saturation import Saturation
-from durable.runtime.shared import BUSY, IDLE, RESCAN, SUSPECT, Bell, Seat, SharedSeats, poll_timeout
+from durable.runtime.shared import BUSY, IDLE, LOOK, RESCAN, ROWS, SUSPECT, Bell, Seat, SharedSeats, poll_timeout
 from durable.runtime.step_transaction import IDLE_SECONDS
 from durable.runtime.waiting import Waiting
 from durable.storage import claims, maintenance, workers
@@ -52,12 +53,15 @@ LOCKS_TOLD_EVERY = 60.0
 """Seconds between two log lines of one process about outcomes that wait for locks."""
 LOOK_FOR_LOCKED = 2.0
 """Seconds until claims are released again whose rows other sessions held."""
+BRIEF_STEP = 0.003
+"""Mean seconds of a step up to which a process goes on looking for rows while it runs one."""
 
 
 class Engine:
     """Claims and commits for one slot.
 
     stop_asked  returns None, or the time.monotonic() by which the process must be gone
+    lookout     when to claim again though nothing was announced
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Engine:
         seat: Seat,
         bell: Bell,
         stop_asked: Callable[[], float | None],
+        lookout: Lookout,
     ) -> None:
         self._app = app
         self._queue, self._name = queue, name
@@ -108,6 +113,8 @@ class Engine:
         )
         self._worker = 0
         self._more, self._took_all = True, False
+        self._lookout = lookout
+        self._looking = self._announced = False
         self._suspect = False
         self._alone = False
         self._reconcile = Reconcile(app.conf.reconcile_interval)
@@ -141,7 +148,10 @@ class Engine:
         rung, hints = self._bell.silence(), self._seat.take_hints()
         if hints & RESCAN:
             self._picker.rescan()
-        if rung or hints & RESCAN:
+        self._announced |= bool(hints & ROWS)
+        if hints & LOOK:
+            self._lookout.take_over()
+        elif hints or (rung and not self._lookout.is_covered()):
             self._more = True
             self._limited.look_soon()
         if hints & SUSPECT:
@@ -152,6 +162,7 @@ class Engine:
             self._flush_if_due()
             self._flush_locked()
             self._give_back_excess()
+            self._watch_if_due()
             self._claim_if_wanted()
             self._reconcile_if_due()
         except psycopg.Error as error:
@@ -245,7 +256,7 @@ class Engine:
         reporting.stale([commit for commit in batch if commit.claimed.id not in known])
         if flushed.unread or flushed.rerun:
             reporting.unread(batch, flushed)
-        self._more = True
+        self._claim_after_flush(flushed)
         if self._queue in flushed.opened:
             self._limited.look_now()
         self._limited.look_soon()
@@ -262,6 +273,13 @@ class Engine:
             wanted = {i for commit in waits for i in (commit.claimed.id, flushed.locked[commit.claimed.id]) if i}
             holders = self._link.run(maintenance.row_holders(sorted(wanted)))
             reporting.put_aside([commit.claimed for commit in waits], holders, len(self._locked))
+
+    def _claim_after_flush(self, flushed: Flushed) -> None:
+        """Claim again, unless a colleague does so for all and these outcomes have made nothing runnable here."""
+        if self._more or flushed.ready.get(self._queue) or flushed.rerun or not self._lookout.is_covered():
+            self._more = True
+        elif self._may_sleep():
+            self._seat.state = IDLE
 
     def _go_on(self, hops: Sequence[Commit], flushed: Flushed) -> None:
         """Run the next step of inline machines at once, on the claim that is still held."""
@@ -340,12 +358,39 @@ class Engine:
             self._seat.state = IDLE
         if (due and self._claim_limited(demand)) or not self._more:
             return
+        looking, announced = self._looking, self._announced
+        self._looking = self._announced = False
+        began = time.monotonic()
         found = self._picker.claim(self._worker, demand)
+        if found and not announced:
+            self._lookout.found(len(found))
         rows = self._claimed(found)
         self._more, self._took_all = len(found) >= demand, 0 < len(found) < demand
         self._buffer_rows(rows)
-        if not rows and not self._more and not due:
-            self._claim_limited(demand)
+        if not self._more:
+            self._watch(began)
+            if not rows and not due and not looking:  # limited rows are looked for before sleep, not at every look
+                self._claim_limited(demand)
+
+    def _watch_if_due(self) -> None:
+        """As the lookout: claim, unless a row claimed now would have to wait behind a step."""
+        if not self._lookout.is_due():
+            return
+        if self._held and not self._claims_beside_work():
+            self._watch(time.monotonic())
+        else:
+            self._more = self._looking = True
+
+    def _watch(self, claimed_at: float) -> None:
+        """After a claim that took all there was: claim again soon, or have a sleeping colleague do so."""
+        if self._held and not self._claims_beside_work() and self._lookout.hand_over():
+            return
+        self._lookout.watch(claimed_at)
+
+    def _claims_beside_work(self) -> bool:
+        """Whether a row that is claimed now begins soon: steps are brief, and no other row waits."""
+        mean = self.slot.mean_step
+        return mean is not None and mean <= BRIEF_STEP and len(self.buffer) <= 1
 
     def _claim_limited(self, demand: int) -> bool:
         """Look for limited rows; return whether there were any."""
@@ -428,6 +473,7 @@ class Engine:
             return
         elif demand:
             until = min(until, self._limited.next_at)
+        until = min(until, self._lookout.at)
         self.outbox.wake_at = self._app.conf.outcomes_per_commit if pending else 1
         # An outcome that came before wake_at was set rang nobody.
         if len(self.outbox) == pending and not self._pacing.flush_is_due():

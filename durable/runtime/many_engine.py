@@ -19,6 +19,7 @@ from durable.instance import Claimed
 from durable.runtime import reporting
 from durable.runtime.assembly import Parts, Process, many_slots
 from durable.runtime.engine import LOOK_FOR_LOCKED, Engine
+from durable.runtime.lookout import Lookout
 from durable.runtime.running import Running
 from durable.runtime.shared import BUSY, IDLE, Bell, Seat, SharedSeats
 from durable.runtime.watch import Watch, has_limits
@@ -47,6 +48,7 @@ class ManyEngine(Engine):
         seat: Seat,
         bell: Bell,
         stop_asked: Callable[[], float | None],
+        lookout: Lookout,
         retire: Callable[[], None],
         stop: Callable[[], None],
     ) -> None:
@@ -55,7 +57,7 @@ class ManyEngine(Engine):
         self._asked = 0
         self._overdue: deque[Running] = deque()
         self._unwanted: list[Claimed] = []
-        super().__init__(app, queue, name, seats, seat, bell, stop_asked)
+        super().__init__(app, queue, name, seats, seat, bell, stop_asked, lookout)
         if has_limits(app):
             Watch(self._slots, self._is_overdue, retire, stop).start()
 
@@ -144,6 +146,9 @@ class ManyEngine(Engine):
         self._seat.met_suspect = True
 
     def _may_sleep(self) -> bool:
+        return bool(self.buffer.free)
+
+    def _claims_beside_work(self) -> bool:
         return bool(self.buffer.free)
 
     def _have_rows(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from durable.runtime.quarantine import Quarantine
-from durable.runtime.shared import IDLE, RESCAN, SUSPECT, Bell, SharedSeats
+from durable.runtime.shared import IDLE, RESCAN, ROWS, SUSPECT, Bell, SharedSeats
 
 
 class Ringer:
@@ -39,8 +39,7 @@ class Ringer:
         self._turn_of[queue] = turn + 1
         for offset in range(min(count, len(idle))):
             index = idle[(turn + offset) % len(idle)]
-            if flags:
-                self._seats.seat(index).hint(flags)
+            self._seats.seat(index).hint(flags | ROWS)
             self._bells[index].ring()
 
     def hint_busy(self, queue: str) -> None:

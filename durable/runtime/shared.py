@@ -13,12 +13,15 @@ a child that dies leaves here what it was running.
     limit_at        CLOCK_MONOTONIC seconds from which it may be killed, 0 for never child writes, before entered_id
     lost            a worker_id the agent found dead                                agent writes
     pid             of the child that sits here                                     supervisor writes
-    hints           RESCAN and SUSPECT, taken by the child                          agent sets, child clears
+    hints           RESCAN, SUSPECT, ROWS, LOOK, taken by the child                 agent or sibling sets, child clears
     paused          whether the child's queue is                                    agent writes
     met_suspect     whether it met a row that must run alone, in another process    child writes, agent clears
     leaves          whether it claims nothing more and is to be replaced            child writes
 
 A child of many slots notes what it steps in its roster (roster.py) instead of in the entered_ fields.
+
+Per queue there is a `Traffic`: which of its processes looks for rows that no notification announced, and how often
+there are any. Several processes write it; a value that a race overwrites costs one claim or one look too many.
 """
 
 from __future__ import annotations
@@ -33,13 +36,18 @@ from durable import forks
 from durable.runtime.roster import Roster
 
 STARTING, IDLE, BUSY = 0, 1, 2
-RESCAN, SUSPECT = 1, 2
+RESCAN, SUSPECT, ROWS, LOOK = 1, 2, 4, 8
+"""Hints: claim from the head; a row must run alone; a notification announced rows; take over as the lookout."""
 LONGEST_POLL = 3600.0
 """Seconds a process sleeps at most: poll() counts milliseconds in 32 bits, and what is due may be months away."""
 
 _FIELDS = 13
 (_WORKER_ID, _DEADLINE, _STATE, _ENTERED_ID, _ENTERED_TOKEN, _ENTERED_AT, _LIMIT_AT, _LOST, _PID, _HINTS,
  _PAUSED, _MET_SUSPECT, _LEAVES) = range(_FIELDS)  # fmt: skip
+
+
+_TRAFFIC_FIELDS = 4
+_FOUND_AT, _GAP, _LOOKED_AT, _LOOKOUT = range(_TRAFFIC_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,8 @@ class SharedSeats:
 
     def __init__(self, count: int, started: Sequence[int] = (1,), rosters: Mapping[int, Roster] | None = None) -> None:
         self._rosters = rosters or {}
-        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, (count * _FIELDS + 2 + len(started)) * 8))
+        words = count * _FIELDS + 2 + len(started) * (1 + _TRAFFIC_FIELDS)
+        self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, words * 8))
         self.bell = Bell()
         self.started = tuple(started)
         view = memoryview(self._memory)
@@ -87,6 +96,11 @@ class SharedSeats:
     def want(self, queue: int, processes: int) -> None:
         """Agent: have so many processes serve a queue; ring the bell then."""
         self._integers[self._database_up + 2 + queue] = processes
+
+    def traffic(self, queue: int) -> Traffic:
+        """Return what is known of a queue's arrivals, by its number."""
+        first = self._database_up + 2 + len(self.started) + queue * _TRAFFIC_FIELDS
+        return Traffic(self._integers, self._floats, first)
 
     def ask(self, signal: int) -> None:
         """Agent: have the supervisor do as if it had got a signal; ring the bell then."""
@@ -244,6 +258,47 @@ class Seat:
         if flags:
             self._integers[self._base + _HINTS] = 0
         return flags
+
+
+class Traffic:
+    """What a command knows of the rows that arrive in one queue unannounced. Times are CLOCK_MONOTONIC seconds.
+
+    found_at   when a claim last found rows that no notification had announced
+    gap        moving mean of the seconds between two such rows
+    looked_at  when the lookout last claimed
+    lookout    pid of the process that claims again and again on behalf of the others; 0 for none
+    """
+
+    __slots__ = ("_base", "_floats", "_integers")
+
+    def __init__(self, integers: memoryview[int], floats: memoryview[float], base: int) -> None:
+        self._integers, self._floats, self._base = integers, floats, base
+
+    @property
+    def found_at(self) -> float:
+        return self._floats[self._base + _FOUND_AT]
+
+    @property
+    def gap(self) -> float:
+        return self._floats[self._base + _GAP]
+
+    def found(self, now: float, gap: float) -> None:
+        """Note that a claim has found rows, and the new mean."""
+        self._floats[self._base + _GAP] = gap
+        self._floats[self._base + _FOUND_AT] = now
+
+    @property
+    def looked_at(self) -> float:
+        return self._floats[self._base + _LOOKED_AT]
+
+    @property
+    def lookout(self) -> int:
+        return self._integers[self._base + _LOOKOUT]
+
+    def look(self, pid: int, now: float) -> None:
+        """Note that the process `pid` is the lookout, and claims now."""
+        self._integers[self._base + _LOOKOUT] = pid
+        self._floats[self._base + _LOOKED_AT] = now
 
 
 def poll_timeout(until: float) -> float:

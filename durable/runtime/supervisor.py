@@ -36,6 +36,7 @@ from durable.runtime.child import RETIRE, run_child
 from durable.runtime.executor import time_limits
 from durable.runtime.inherited import open_connections
 from durable.runtime.interrupts import HardTimeLimitExceeded
+from durable.runtime.lookout import Colleague
 from durable.runtime.places import Place, Places
 from durable.runtime.process import describe_exit, fork
 from durable.runtime.quarantine import Quarantine
@@ -325,9 +326,14 @@ class Supervisor:
         seat = seats.seat(index)
         seat.clear()
         app, name, drain_timeout = self._app, self._name, self._app.conf.drain_timeout
+        colleagues = [
+            Colleague(seats.seat(other), at.bell)
+            for other, at in enumerate(self._places)
+            if at.group == place.group and other != index
+        ]
         place.forked_at = time.monotonic()
         place.pid = self._fork(
-            lambda: self._without_agent(lambda: run_child(app, place, name, seats, seat, drain_timeout)),
+            lambda: self._without_agent(lambda: run_child(app, place, name, seats, seat, drain_timeout, colleagues)),
             f"durable:{place.queue}",
             "worker",
         )

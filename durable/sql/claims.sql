@@ -14,6 +14,8 @@
 -- pick order.
 -- Nothing is claimed from a paused queue, nor unless the worker's own lease is live; the key share lock on it makes a
 -- reaper wait for us.
+-- `me` is compared with something of the row, so that it is evaluated with the first row that qualifies: a claim that
+-- finds nothing locks nothing, writes nothing, and has no transaction id.
 -- A lost claim costs nothing (worker, token and version fence what follows), so its commit does not wait for the disk.
 -- Params: worker bigint, queue text, from_priority int, from_time timestamptz, to_priority int, unknown text[]
 --         ("name:version" of machines this worker does not know), limit bigint.
@@ -31,7 +33,7 @@ WITH me AS MATERIALIZED (
       AND i.priority <= %(to_priority)s::smallint
       AND (cardinality(%(unknown)s::text[]) = 0
            OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
-      AND EXISTS (SELECT FROM me)
+      AND (SELECT true FROM me) = (i.crashes = i.crashes)  -- needs the row: see above
     ORDER BY i.priority, i.eligible_at, i.id
     LIMIT %(limit)s
     FOR NO KEY UPDATE SKIP LOCKED
@@ -58,7 +60,7 @@ WITH me AS MATERIALIZED (
       AND i.concurrency_key IS NULL AND i.rate_limit IS NULL
       AND (cardinality(%(unknown)s::text[]) = 0
            OR i.machine || ':' || i.machine_version <> ALL (%(unknown)s::text[]))
-      AND EXISTS (SELECT FROM me)
+      AND (SELECT true FROM me) = (i.crashes = i.crashes)  -- needs the row: see above
     ORDER BY i.priority, i.eligible_at, i.id
     LIMIT 1
     FOR NO KEY UPDATE SKIP LOCKED

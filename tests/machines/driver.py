@@ -19,6 +19,7 @@ from durable import Durable
 from durable.instance import Claimed
 from durable.runtime.engine import Engine
 from durable.runtime.flusher import Flusher
+from durable.runtime.lookout import Lookout
 from durable.runtime.shared import Bell, SharedSeats
 from durable.storage import maintenance, workers
 from durable.storage.admission import Demand, claim_limited
@@ -45,7 +46,8 @@ class Driver:
         self._seats.database_up = True
         self._bell = Bell()
         self.stop_at: float | None = None
-        self.engine = Engine(app, queue, "driver", self._seats, self._seats.seat(0), self._bell, lambda: self.stop_at)
+        seat, lookout = self._seats.seat(0), Lookout(self._seats.traffic(0))
+        self.engine = Engine(app, queue, "driver", self._seats, seat, self._bell, lambda: self.stop_at, lookout)
         self._flusher = self.engine._flusher = _NotingFlusher(self.engine._link, self.engine._waiting.pause)
         self.engine._register()
         self.trace: list[tuple[int, str, str]] = []

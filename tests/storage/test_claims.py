@@ -53,6 +53,20 @@ def test_other_queues_and_rows_not_yet_eligible_are_never_claimed(rows: Rows) ->
     assert ids(rows.claim(rows.worker())) == [mine]
 
 
+def test_empty_claim_writes_nothing(rows: Rows) -> None:
+    """A process that looks for rows again and again must cost the server no transaction ids and no WAL."""
+    worker = rows.worker()
+    with rows.connection.transaction():
+        assert rows.claim(worker) == []
+        assert rows.run(claims.claim_suspect(worker, "default", [])) == []
+        assert rows.fetch("SELECT txid_current_if_assigned() AS id") == [{"id": None}]
+    rows.insert()
+    with rows.connection.transaction():
+        assert len(rows.claim(worker)) == 1
+        (written,) = rows.fetch("SELECT txid_current_if_assigned() AS id")
+        assert written["id"] is not None
+
+
 @pytest.mark.parametrize("lease", ["expired", "buried", "unknown"])
 def test_without_a_live_lease_nothing_is_claimed(rows: Rows, lease: str) -> None:
     (instance,) = rows.insert()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from durable.instance import NewInstance, Payload
-from durable.wakeups import ANY_QUEUE, INTERVAL, TERMINATE, Wakeups, due_channel, parse, payload, queue_channel
+from durable.wakeups import ANY_QUEUE, INTERVAL, QUICKLY, TERMINATE, Wakeups, due_channel, parse, payload, queue_channel
 
 
 class Clock:
@@ -52,6 +52,29 @@ def test_the_first_insert_notifies_at_once_then_one_per_interval(wakeups: Wakeup
     assert said(wakeups.after_insert([new()])) == []
     clock.now += INTERVAL / 2
     assert said(wakeups.after_insert([new()])) == [(QUEUES, "default:1:0")]
+
+
+def test_slow_inserts_notify_each_time(wakeups: Wakeups, clock: Clock) -> None:
+    for instance_id in range(1, 20):
+        assert said(wakeups.after_insert([new()], [instance_id])) == [(QUEUES, "default:1:0")]
+        clock.now += 1.01 / QUICKLY
+
+
+def test_rows_of_others_count_as_quick(wakeups: Wakeups, clock: Clock) -> None:
+    """Ids tell how many rows all processes have inserted since this one notified."""
+    assert said(wakeups.after_insert([new()], [1])) == [(QUEUES, "default:1:0")]
+    clock.now += INTERVAL / 2
+    assert said(wakeups.after_insert([new()], [1 + QUICKLY])) == []
+    clock.now += INTERVAL / 2
+    assert said(wakeups.after_insert([new()], [2 + QUICKLY])) == [(QUEUES, "default:1:0")]
+
+
+def test_quick_inserts_save_notifications(wakeups: Wakeups, clock: Clock) -> None:
+    sent = 0
+    for instance_id in range(1, 1001):
+        sent += len(said(wakeups.after_insert([new()], [instance_id])))
+        clock.now += 0.5 / QUICKLY
+    assert sent == pytest.approx(1000 * 0.5 / QUICKLY / INTERVAL, abs=2)
 
 
 def test_each_queue_has_its_own_interval(wakeups: Wakeups) -> None:
