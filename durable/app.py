@@ -6,12 +6,16 @@ first call that needs the database connects, per process and per event loop.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import cached_property, partial
 from typing import Any, TypeVar
+
+import psycopg
+from psycopg import errors as pg_errors
 
 from durable import dsn as dsn_module
 from durable import interruption, validation
@@ -40,6 +44,8 @@ from durable.storage.session import Operation, Row, arun, connect, run, run_repe
 from durable.task import Task
 from durable.wakeups import Wakeups
 from durable.writer import Writer
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -415,8 +421,11 @@ class Durable(Registry, QueueControl):
         return self._watchers[pid]
 
     def _send_owed_wakeups(self) -> None:
-        for operation in self.wakeups.owed():
-            self.run(operation, own=True)
+        try:
+            for operation in self.wakeups.owed():
+                self.run(operation, own=True)
+        except pg_errors.ProgramLimitExceeded as error:  # no reason for a wait to fail
+            log.warning("workers could not be notified, their next poll finds the rows: %s", error)
 
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)

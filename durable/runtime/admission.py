@@ -102,8 +102,7 @@ class LimitedPicker:
         reporting.picked(self._queue, worker, limit, len(admitted.rows))
         reporting.admitted(self._queue, admitted)
         self._plan(admitted, now, self._clock() - now, busy=position is not None)
-        for operation in self._wakeups.became_ready(admitted.ready):
-            self._link.run(operation)
+        self._link.notify(self._wakeups.became_ready(admitted.ready))
         return admitted.rows
 
     def _plan(self, admitted: Admitted, now: float, took: float, *, busy: bool) -> None:

@@ -27,8 +27,7 @@ def age(link: Link, wakeups: Wakeups, interval: float) -> int:
     while after:
         more, after = link.run(ageing.age_lanes(after))
         in_lanes += more
-    for operation in wakeups.handed_back(raised):
-        link.run(operation)
+    link.notify(wakeups.handed_back(raised))
     total = sum(raised.values()) + in_lanes
     if total:
         log.info("%d rows have waited too long: they go first now", total)

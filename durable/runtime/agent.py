@@ -185,8 +185,8 @@ class Agent:
             for queue in dict.fromkeys(self._queues):
                 self._ring(queue, 1, RESCAN)
         ping = self._listener.ping()
-        if ping is not None:
-            self._link.run(ping)
+        if ping is not None and not self._link.notify([ping]):
+            self._listener.ping_failed()
         if now >= self._orders_at:
             self._orders_at = math.inf
             self._orders.look()
@@ -270,8 +270,7 @@ class Agent:
     def _wake_for(self, by_queue: dict[str, int]) -> None:
         for queue, count in by_queue.items():
             self._ring(queue, count, RESCAN | SUSPECT)
-        for operation in self._app.wakeups.handed_back(by_queue):
-            self._link.run(operation)
+        self._link.notify(self._app.wakeups.handed_back(by_queue))
 
     def _release_predecessors(self) -> None:
         """Claims of commands of this host and boot that are gone: killed, and perhaps started again.
@@ -386,8 +385,7 @@ class Agent:
                 woken = self._link.run(operation_of(PROMOTE_BATCH))
                 if operation_of is maintenance.time_out:
                     reporting.timed_out(woken)
-                for operation in self._app.wakeups.promoted(woken):
-                    self._link.run(operation)
+                self._link.notify(self._app.wakeups.promoted(woken))
         if probe.expired and self._app.conf.reaper:
             self._reap()
 

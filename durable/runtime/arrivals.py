@@ -61,8 +61,7 @@ class Arrivals:
             woken, whole = self._link.run_around_locks(lambda wait: claims.expire(worker, pairs, wait=wait))
             if not whole:
                 self._left()
-            for operation in self._app.wakeups.became_ready(woken):
-                self._link.run(operation)
+            self._link.notify(self._app.wakeups.became_ready(woken))
         for row in unknown:
             self._picker.hide(row.machine, row.machine_version)
             reporting.unknown(row)

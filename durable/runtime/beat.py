@@ -114,8 +114,8 @@ class Beat:
             self._promote_at = now
         self._limits.store_again()
         ping = self._listener.ping()
-        if ping is not None:
-            self._link.run(ping)
+        if ping is not None and not self._link.notify([ping]):
+            self._listener.ping_failed()
         if now >= self._promote_at:
             self._promote()
         if now >= self._reap_at and conf.reaper:
@@ -147,8 +147,7 @@ class Beat:
             while woken := self._link.run(operation_of(PROMOTE_BATCH)):
                 if operation_of is maintenance.time_out:
                     reporting.timed_out(woken)
-                for operation in self._app.wakeups.promoted(woken):
-                    self._link.run(operation)
+                self._link.notify(self._app.wakeups.promoted(woken))
         self._firing.declare_again()
         self._firing.fire()
         wait = self._link.run(maintenance.next_due(self._firing.left))

@@ -293,8 +293,7 @@ class Engine:
         self.buffer.put_first(rows)
 
     def _send(self, wakeups: Sequence[Operation[Any]]) -> None:
-        for operation in wakeups:
-            self._link.run(operation)
+        self._link.notify(wakeups)
 
     # Give back
 

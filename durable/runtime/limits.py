@@ -38,8 +38,7 @@ class Declared:
             log.warning("the app's limits are stored later: another session holds their rows")
             self._again_at = time.monotonic() + DECLARE_AGAIN
             return
-        for operation in self._app.wakeups.promoted(ready):
-            self._link.run(operation)
+        self._link.notify(self._app.wakeups.promoted(ready))
 
     def store_again(self) -> None:
         """Store what could not be stored before, once some time has passed. Raises psycopg.Error."""
@@ -55,7 +54,6 @@ def repair(link: Link, wakeups: Wakeups) -> None:
     after = ""
     while True:
         ready, after = link.run_atomically(lanes.repair(after))
-        for operation in wakeups.promoted(ready):
-            link.run(operation)
+        link.notify(wakeups.promoted(ready))
         if not after:
             return

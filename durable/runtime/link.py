@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg_errors
@@ -33,6 +34,9 @@ docs/operations.md.
 """
 LOCKED = (pg_errors.LockNotAvailable, pg_errors.DeadlockDetected)
 """Errors of a statement that another session's lock kept waiting."""
+
+WARN_EVERY = 60.0
+"""Seconds between two warnings that notifications are not sent."""
 
 
 class Stopped(Exception):
@@ -67,6 +71,7 @@ class Link:
         self._backoff = Backoff(most=most_wait)
         self._connection: BoundedConnection | None = None
         self._deadline = math.inf
+        self._warn_at = 0.0
         self.connected_since: datetime | None = None
         """The database's clock when the present connection was made."""
 
@@ -98,6 +103,32 @@ class Link:
             return self.run_atomically(operation_of(False)), False
 
     def _open(self) -> BoundedConnection:
+    def notify(self, wakeups: Sequence[Operation[Any]]) -> bool:
+        """Send notifications of what has been committed; return whether they were sent.
+
+        A server whose queue of notifications is full refuses them. The work goes on: polls find the rows.
+
+        Raises:
+            psycopg.Error: They failed for another reason.
+            Stopped: The process was asked to stop while the database was away.
+        """
+        try:
+            for operation in wakeups:
+                self.run(operation)
+        except pg_errors.ProgramLimitExceeded as error:
+            now = time.monotonic()
+            if now >= self._warn_at:
+                self._warn_at = now + WARN_EVERY
+                log.warning(
+                    "%s: notifications are not sent, workers poll meanwhile: %s; end the session that listens and "
+                    "stays in a transaction (the oldest in pg_stat_activity), then call pg_notification_queue_usage()",
+                    self._name,
+                    describe(error),
+                )
+            return False
+        return True
+
+    def _open(self) -> Connection:
         told = False
         while True:
             try:

@@ -88,6 +88,10 @@ class Listener:
         self._pinged_at = self._pinged_at or now
         return single("notify", {"channel": self._channel, "payload": self._ping})
 
+    def ping_failed(self) -> None:
+        """Take back a ping that was not sent: no answer to it will come."""
+        self._pinged_at = None
+
     def messages(self) -> list[str]:
         """Return the payloads that have arrived, without waiting; pings excluded."""
         if self._connection is None:

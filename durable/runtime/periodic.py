@@ -117,8 +117,7 @@ class Firing:
             if self._pauses.pop(name, None) is not None:
                 log.warning("schedule %r is fired again", name)
             self._told.discard(name)
-        for operation in self._app.wakeups.after_insert(fired.inserted):
-            self._link.run(operation)
+        self._link.notify(self._app.wakeups.after_insert(fired.inserted))
         return len(fired.names)
 
     def _put_off(self, name: str, error: psycopg.Error) -> None:

@@ -39,8 +39,7 @@ def reap(link: Link, conf: Config, wakeups: Wakeups, connected_since: datetime) 
     if total.ids:
         log.warning("reaped %d rows of dead workers, %d failed for it", len(total.ids), len(total.lost))
     reporting.reaped(total.ids)
-    for operation in wakeups.handed_back(total.by_queue):
-        link.run(operation)
+    link.notify(wakeups.handed_back(total.by_queue))
     if link.run(lanes.in_use()) and link.run(maintenance.take_duty("limits", conf.reaper_interval * 0.9)):
         limits.repair(link, wakeups)
     age(link, wakeups, conf.reaper_interval * 0.9)

@@ -26,6 +26,7 @@ TASKS = """
     settings.configure(USE_TZ=True, LOGGING_CONFIG=None, DATABASES={{
         "default": {{**postgres, "CONN_MAX_AGE": 600}},
         "short": postgres,
+        "pooled": {{**postgres, "OPTIONS": {{"pool": True}} if django.VERSION >= (5, 1) else {{}}}},
         "lite": {{"ENGINE": "django.db.backends.sqlite3", "NAME": os.path.abspath("lite.sqlite3")}},
     }})
     django.setup()
@@ -36,6 +37,7 @@ TASKS = """
             return cursor.fetchone()[0]
 
     open("imported", "w").write(str(backend()))
+    at_import = backend("pooled")
 
     options = dict(max_attempts=2, backoff=lambda attempt: 0)
 
@@ -59,6 +61,9 @@ TASKS = """
 
     @app.task(name="open_after")
     def open_after(): return [connections[alias].connection is not None for alias in ("default", "short")]
+
+    @app.task(name="pooled")
+    def pooled(): return [at_import, backend("pooled")]
 
     @app.task(name="short")
     def short(): return backend("short")
@@ -123,7 +128,7 @@ def targets(app: Durable) -> dict[str, Any]:
     """The tasks as a producer sees them."""
     found: dict[str, Any] = {
         name: app.task(name=name)(lambda: None)
-        for name in ("plain", "open_after", "short", "leave_atomic", "in_atomic", "lite")
+        for name in ("plain", "open_after", "short", "pooled", "leave_atomic", "in_atomic", "lite")
     }
     found["iterate"] = app.task(name="iterate")(lambda name: None)
 
@@ -175,6 +180,17 @@ def test_connections_end_with_the_step_by_default(
     kept = targets["plain"].delay().get(timeout=20)
     assert targets["open_after"].delay().get(timeout=20) == [True, False], "CONN_MAX_AGE is kept to"
     assert targets["plain"].delay().get(timeout=20) == kept
+
+
+def test_a_pool_used_at_import_is_made_anew(
+    targets: dict[str, Any], django_worker: Callable[..., Command], connection: psycopg.Connection[Any]
+) -> None:
+    command = django_worker("prefork")
+    at_import, pid = targets["pooled"].delay().get(timeout=20)
+    assert at_import != pid
+    wait_until(lambda: not alive(connection, at_import), what="the end of the pool's connection")
+    assert "importing the app started threads" not in command.output()
+    assert "was opened before the worker processes are forked" not in command.output()
 
 
 def test_an_open_transaction_ends_with_its_step(

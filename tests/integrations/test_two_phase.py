@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,9 +18,10 @@ from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from durable import Context, Durable, Task
-from durable.errors import ConnectionUsageError
+from durable import Context, Durable, Machine, Task, step
+from durable.errors import ConnectionUsageError, ResultTimeout
 from durable.wakeups import queue_channel
+from tests.fix_app import Command
 from tests.fix_db import wait_until
 from tests.integrations.conftest import Ear
 from tests.machines.driver import Driver
@@ -189,9 +192,53 @@ def test_a_full_queue_undoes_no_insert(app: Durable, full: Callable[[], None], o
     task = app.task(name="task")(lambda: None)
     full()
     assert task.delay().status == "runnable"
+    with pytest.raises(ResultTimeout):
+        task.delay().get(timeout=0.3)  # a wait sends the notification that was saved
     with psycopg.connect(own.dsn) as connection:
         result = task.apply_async(connection=connection, notify_in_transaction=False)
     assert result.status == "runnable"
+
+
+WORK = """
+    from durable import Await, Done, Machine, Next, ScheduleChildren, step
+
+    @app.task(name="one_at_a_time")
+    def one_at_a_time(): return "ran"
+
+    @app.machine(name="parent")
+    class Parent(Machine):
+        @step(initial=True)
+        def start(self, ctx): return Next(self.wait, delay=0.2)
+        @step
+        def wait(self, ctx): return Await("never", then=self.split, timeout=0.2)
+        @step
+        def split(self, ctx): return ScheduleChildren([one_at_a_time] * 3, then=self.end)
+        @step
+        def end(self, ctx): return Done([child.result for child in ctx.children])
+"""
+
+
+def test_workers_go_on_with_a_full_queue(
+    app: Durable, full: Callable[[], None], tmp_path: Path, durable_worker: Callable[..., Command]
+) -> None:
+    head = f"from durable import Durable\napp = Durable('test', dsn={app.dsn()!r}, schema={app.schema!r})\n"
+    (tmp_path / "tasks.py").write_text(head + textwrap.dedent(WORK))
+    task = app.task(name="one_at_a_time")(lambda: None)
+
+    @app.machine(name="parent")
+    class Parent(Machine):
+        @step(initial=True)
+        def start(self, ctx: Context) -> None: ...
+
+    full()
+    worker = durable_worker("worker", "-c", "2", "-B")
+    limited = [task.apply_async(concurrency_key="k") for _ in range(10)]
+    machine = app.insert("parent")
+    assert [result.get(timeout=30) for result in limited] == ["ran"] * 10
+    assert machine.get(timeout=30) == ["ran"] * 3
+    assert {result.attempts for result in limited} == {1}
+    assert "notifications are not sent" in worker.output()
+    assert "a statement failed" not in worker.output()
 
 
 def test_a_step_notifies_after_its_commit(app: Durable, ear: Ear) -> None:
