@@ -421,11 +421,12 @@ class Durable(Registry, QueueControl):
         return self._watchers[pid]
 
     def _send_owed_wakeups(self) -> None:
-        try:
-            for operation in self.wakeups.owed():
-                self.run(operation, own=True)
-        except pg_errors.ProgramLimitExceeded as error:  # no reason for a wait to fail
-            log.warning("workers could not be notified, their next poll finds the rows: %s", error)
+        for operation in self.wakeups.owed():
+            with self._pool.connection(own=True) as connection:
+                try:
+                    run(connection, self.sql, operation)
+                except pg_errors.ProgramLimitExceeded as error:  # no reason for a wait to pause
+                    log.warning("workers could not be notified, their next poll finds the rows: %s", error)
 
     def _encode(self, value: Any, what: str, serializer: str | None) -> Payload:
         return self.codec.encode(value, what, serializer)

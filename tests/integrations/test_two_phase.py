@@ -18,7 +18,7 @@ from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from durable import Context, Durable, Machine, Task, step
+from durable import Context, Durable, Machine, Task, step, wakeups
 from durable.errors import ConnectionUsageError, ResultTimeout
 from durable.wakeups import queue_channel
 from tests.fix_app import Command
@@ -188,12 +188,22 @@ def test_a_step_survives_a_full_notify_queue(
     assert any("could not be notified" in record.getMessage() for record in caplog.records)
 
 
-def test_a_full_queue_undoes_no_insert(app: Durable, full: Callable[[], None], own: OwnServer) -> None:
+def test_a_full_queue_undoes_no_insert(
+    app: Durable,
+    full: Callable[[], None],
+    own: OwnServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wakeups, "INTERVAL", 60.0)
     task = app.task(name="task")(lambda: None)
     full()
     assert task.delay().status == "runnable"
     with pytest.raises(ResultTimeout):
         task.delay().get(timeout=0.3)  # a wait sends the notification that was saved
+    logged = [record.getMessage() for record in caplog.records]
+    assert any("could not be notified, their next poll finds" in text for text in logged)
+    assert not any("results can't be read" in text for text in logged)
     with psycopg.connect(own.dsn) as connection:
         result = task.apply_async(connection=connection, notify_in_transaction=False)
     assert result.status == "runnable"
