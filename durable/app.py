@@ -14,7 +14,6 @@ from contextlib import closing
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-import psycopg
 from psycopg import errors as pg_errors
 
 from durable import dsn as dsn_module

@@ -102,7 +102,6 @@ class Link:
         except LOCKED:
             return self.run_atomically(operation_of(False)), False
 
-    def _open(self) -> BoundedConnection:
     def notify(self, wakeups: Sequence[Operation[Any]]) -> bool:
         """Send notifications of what has been committed; return whether they were sent.
 
@@ -128,7 +127,7 @@ class Link:
             return False
         return True
 
-    def _open(self) -> Connection:
+    def _open(self) -> BoundedConnection:
         told = False
         while True:
             try:
