@@ -18,6 +18,9 @@ from typing import Any
 CONTAINED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 """What ends where it is caught in every process. KeyboardInterrupt, and a test's own failure, do so in workers only."""
 
+_NOT_A_WORKERS = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+"""Handlers of SIGINT outside of a worker command; a shell ignores the signal for what it runs in the background."""
+
 
 def is_contained(error: BaseException) -> bool:
     """Return whether an exception of user code ends where it was caught; if not, it is to be raised again.
@@ -25,7 +28,7 @@ def is_contained(error: BaseException) -> bool:
     Ctrl-C ends a drain or a script. The processes of a worker command handle SIGINT themselves, so a KeyboardInterrupt
     in one of them was raised by user code.
     """
-    return issubclass(type(error), CONTAINED) or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return issubclass(type(error), CONTAINED) or signal.getsignal(signal.SIGINT) not in _NOT_A_WORKERS
 
 
 def contain_logging(*through: type[BaseException]) -> None:

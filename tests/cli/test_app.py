@@ -15,7 +15,7 @@ APP = "from durable import Durable\n{} = Durable('shop', dsn={!r}, schema={!r})\
 def sql(ran: Ran) -> str:
     """The schema that a `migrate --sql` is for."""
     assert ran.code == 0, ran.err
-    return ran.out.split('CREATE SCHEMA IF NOT EXISTS "')[1].split('"')[0]
+    return ran.out.split('CREATE SCHEMA "')[1].split('"')[0]
 
 
 @pytest.fixture

@@ -155,7 +155,8 @@ def test_an_ordinary_user_gets_a_server_of_its_own(place, hold, nobody):
     (code / "durable").mkdir(parents=True)
     (code / "durable" / "__init__.py").touch()
     package = Path(durable.embedded.__file__).parent
-    shutil.copy(package.parent / "errors.py", code / "durable")
+    for module in ("errors.py", "forks.py", "interruption.py"):
+        shutil.copy(package.parent / module, code / "durable")
     shutil.copytree(package, code / "durable" / "embedded", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).with_name("holder.py"), code)
     site = Path(psycopg.__file__).parents[1]

@@ -52,11 +52,15 @@ def leases(connection: psycopg.Connection[Any], app: Durable, kind: str) -> int:
 
 
 def test_worker_replaces_silent_connections(
-    app: Durable, behind: Callable[..., Command], counting_proxy: CountingProxy
+    app: Durable,
+    behind: Callable[..., Command],
+    counting_proxy: CountingProxy,
+    connection: psycopg.Connection[Any],
 ) -> None:
     one = app.task(name="one")(lambda: 1)
     worker = behind("worker", "-c", "2")
     assert one.delay().get(timeout=20) == 1
+    wait_until(lambda: leases(connection, app, "worker") == 2, what="both leases")
     before = worker.children()
     assert counting_proxy.silence() >= 4  # two processes, an agent and its listener
     results = [one.delay() for _ in range(4)]

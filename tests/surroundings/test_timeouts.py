@@ -104,7 +104,8 @@ def test_role_timeout_ends_only_statements_of_steps(
                 # A producer and a worker wait for longer than twice the role's timeout.
                 time.sleep(1.2)
     assert server.said(said) > 0
-    assert not [line for line in worker.output().splitlines() if said in line and "trying on" in line]
+    if setting != "lock_timeout":  # a worker's own is shorter than this lock
+        assert not [line for line in worker.output().splitlines() if said in line and "trying on" in line]
     assert producing.said(said) == 0
 
     producing.progress()

@@ -193,8 +193,12 @@ PASS_BY: Mapping[str, str] = {
 }
 """Operations that wait for no row: they pass by what somebody holds; and why that loses nothing."""
 
-MAY_WAIT = {("bury", "claim by the owner")}
-"""But a claim waits for who ends its lease, and gets nothing."""
+MAY_WAIT = {
+    ("bury", "claim by the owner"),
+    ("drop of an old day", "sweep of signals"),
+    ("thinning of an old day", "sweep of signals"),
+}
+"""But a claim waits for who ends its lease, and gets nothing; and a sweep reads the history, whose table DDL locks."""
 
 TAKE_TURNS: Mapping[str, str] = {
     **PASS_BY,
