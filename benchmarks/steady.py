@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,15 @@ class Waits:
         return {P50: percentile(self.waits, 50), P99: percentile(self.waits, 99), CPU: self.cpu}
 
 
+def processor_times(pids: Sequence[int]) -> dict[int, float]:
+    """Return the processor time of each process in seconds, of those that have not ended."""
+    found = {}
+    for pid in pids:
+        with suppress(FileNotFoundError):
+            found[pid] = cpu_seconds([pid])
+    return found
+
+
 def measure(
     load: Load, place: Stamps, command: Sequence[str], environment: Mapping[str, str], servers: Sequence[int]
 ) -> Waits:
@@ -82,17 +91,19 @@ def measure(
             [*command, str(each), str(WARM_UP + load.seconds), str(begin + n / load.rate)],
             cwd=ROOT,
             env={**os.environ, **environment},
+            stdin=subprocess.PIPE,  # they stay until it is closed, so that their processor time can be read
         )
         for n in range(load.producers)
     ]
     warm = max(1, round(load.rate * WARM_UP))
     place.take(warm)
     pids = [pid for root in (*servers, *(process.pid for process in producers)) for pid in family(root)]
-    spent, count = cpu_seconds(pids), round(load.rate * load.seconds)
+    before, count = processor_times(pids), round(load.rate * load.seconds)
     waits = place.take(max(1, count - load.producers - 1))
-    spent = cpu_seconds(pids) - spent
+    spent = sum(time - before[pid] for pid, time in processor_times(list(before)).items())
     for process in producers:
-        if process.wait():
+        process.communicate()
+        if process.returncode:
             raise RuntimeError(f"a producer ended with {process.returncode}")
     place.drain()
     return Waits(waits, 1000 * spent / len(waits))
@@ -170,7 +181,7 @@ def latency(database: Database, size: Size) -> list[Measure]:
     measures = idle_latency(database, size)
     brief = size.count < 50  # a trial of the benchmark itself
     for part in PARTS[:1] if brief else PARTS:
-        rates = part.rates[-1:] if brief else part.rates
+        rates = part.rates[:1] if brief else part.rates
         loads = [
             Load(part.kind, rate, max(size.count / rate, LEAST_SECONDS * (not brief)), part.producers) for rate in rates
         ]
@@ -216,6 +227,7 @@ def main(kind: str, rate: str, seconds: str, begin: str) -> None:
     if kind == "signal":
         os.environ["BENCH_PARKED"] = str(round(float(rate) * float(seconds)) + 1)
     pace(_acts(kind), float(rate), float(seconds), float(begin))
+    sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def main(kind: str, action: str, number: str = "1", seconds: str = "0", begin: s
     elif action == "steady":
         assert isinstance(peer, CeleryRedis), "the one peer that is measured under a steady load"
         peer.steady(float(number), float(seconds), float(begin))
+        sys.stdin.read()
     elif action == "work":
         peer.work(int(number))
     elif action == "watch":

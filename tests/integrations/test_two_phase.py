@@ -196,6 +196,7 @@ def test_a_full_queue_undoes_no_insert(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(wakeups, "INTERVAL", 60.0)
+    monkeypatch.setattr(wakeups, "QUICKLY", 0)  # so that the second one is saved
     task = app.task(name="task")(lambda: None)
     full()
     assert task.delay().status == "runnable"
