@@ -252,7 +252,8 @@ def test_workers_go_on_with_a_full_queue(
     assert "a statement failed" not in worker.output()
 
 
-def test_a_step_notifies_after_its_commit(app: Durable, ear: Ear) -> None:
+def test_a_step_notifies_after_its_commit(app: Durable, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wakeups, "QUICKLY", 0)  # so that the second one is saved
     task = app.task(name="task", queue="other")(lambda: None)
 
     @app.task(name="enqueue", bind=True)
