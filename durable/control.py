@@ -32,7 +32,8 @@ class Control:
         marked = self._writer.write(self._marking(target, reason, terminate, timeout)) if cascade else None
         if cascade and marked is None:
             return False
-        return self._writer.write(self._cancelling(target, reason, marked, terminate, timeout)).found
+        done = self._writer.write(self._cancelling(target, reason, marked, terminate, timeout))
+        return done.found or (marked is not None and marked.cancelled.found)
 
     async def acancel(
         self, target: int | str, reason: str | None, cascade: bool, terminate: bool, timeout: float | None = None
@@ -41,7 +42,8 @@ class Control:
         marked = await self._writer.awrite(self._marking(target, reason, terminate, timeout)) if cascade else None
         if cascade and marked is None:
             return False
-        return (await self._writer.awrite(self._cancelling(target, reason, marked, terminate, timeout))).found
+        done = await self._writer.awrite(self._cancelling(target, reason, marked, terminate, timeout))
+        return done.found or (marked is not None and marked.cancelled.found)
 
     def retry(self, instance_id: int) -> bool:
         """Return whether it was failed. Raises DuplicateError."""
@@ -91,18 +93,26 @@ class Control:
         self, target: int | str, reason: str | None, terminate: bool, timeout: float | None
     ) -> Write[_Marked | None]:
         operation = partial(_mark, _checked(target), _reason(reason), terminate)
-        return Write(operation, lambda _: (), lambda _: (), atomic=False, timeout=validation.call_timeout(timeout))
+
+        def wakeups(marked: _Marked | None) -> list[Operation[Any]]:
+            return [] if marked is None else self._wakeups_of(marked.cancelled, terminate)
+
+        return Write(operation, wakeups, lambda _: (), timeout=validation.call_timeout(timeout))
+
+    def _wakeups_of(self, done: Cancelled, terminate: bool) -> list[Operation[Any]]:
+        killing = self._wakeups.terminations() if terminate and done.running else []
+        return [*self._wakeups.became_ready(done.woken), *killing]
 
     def _cancelling(
         self, target: int | str, reason: str | None, marked: _Marked | None, terminate: bool, timeout: float | None
     ) -> Write[Cancelled]:
         operation = partial(_cancel, _checked(target), _reason(reason), marked, terminate)
-
-        def wakeups(done: Cancelled) -> list[Operation[Any]]:
-            killing = self._wakeups.terminations() if terminate and done.running else []
-            return [*self._wakeups.became_ready(done.woken), *killing]
-
-        return Write(operation, wakeups, lambda _: (), timeout=validation.call_timeout(timeout))
+        return Write(
+            operation,
+            lambda done: self._wakeups_of(done, terminate),
+            lambda _: (),
+            timeout=validation.call_timeout(timeout),
+        )
 
     def _retrying(self, instance_id: int) -> Write[dict[str, int] | None]:
         operation = partial(instances.retry_failed, validation.instance_id(instance_id))
@@ -110,10 +120,11 @@ class Control:
 
 
 class _Marked(NamedTuple):
-    """The target of a cascading cancel, and its mark."""
+    """The target of a cascading cancel, its mark, and what became of the target."""
 
     id: int
     mark: int
+    cancelled: Cancelled
 
 
 def _checked(target: int | str) -> int | str:
@@ -127,11 +138,11 @@ def _reason(reason: str | None) -> str:
 
 
 def _mark(target: int | str, reason: str, terminate: bool) -> Operation[_Marked | None]:
-    """Mark the tree of an instance, or of the one that occupies a key; None: there is none."""
+    """Begin to cancel the tree of an instance, or of the one that occupies a key; None: there is none."""
     instance_id = (yield from instances.occupant(target)) if isinstance(target, str) else target
     if instance_id is None:
         return None
-    return _Marked(instance_id, (yield from instances.mark_cascade(instance_id, reason, terminate)))
+    return _Marked(instance_id, *(yield from instances.begin_cascade(instance_id, reason, terminate)))
 
 
 def _cancel(target: int | str, reason: str, marked: _Marked | None, terminate: bool) -> Operation[Cancelled]:

@@ -76,8 +76,14 @@ def _cancel_one(
         report["id"] = run(connection, app.sql, instances.occupant(str(wanted)))
         if report["id"] is None:
             return {**report, "outcome": "no live instance has this key"}
-    mark = run(connection, app.sql, instances.mark_cascade(report["id"], reason, terminate)) if cascade else None
+    mark, begun = None, None
+    if cascade:
+        mark, begun = run_repeatedly(
+            connection, app.sql, lambda: instances.begin_cascade(report["id"], reason, terminate)
+        )
     done = run_repeatedly(connection, app.sql, lambda: instances.cancel(report["id"], reason, cascade, terminate, mark))
+    if begun is not None:
+        done = begun.also(done)
     killing = app.wakeups.terminations() if terminate and done.running else []
     for wakeup in (*app.wakeups.became_ready(done.woken), *killing):
         run(connection, app.sql, wakeup)

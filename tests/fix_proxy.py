@@ -52,6 +52,12 @@ class CountingProxy:
         with self._lock:
             return self._counted
 
+    @property
+    def open(self) -> int:
+        """How many connections are open."""
+        with self._lock:
+            return len(self._live)
+
     def silence(self, *, new: bool = False) -> int:
         """Swallow what either end of the open connections sends from now on, and keep them open.
 

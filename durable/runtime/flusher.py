@@ -42,6 +42,9 @@ _OUTCOME_ERRORS = (
     psycopg.NotSupportedError,
 )
 
+_TEXT_REFUSED = (*TEXT_REFUSED, "0A000")
+"""0A000: Postgres 15 has no conversion at all from UTF8 to SQL_ASCII."""
+
 ALONE_MOST = 0.5
 """Seconds in which outcomes are tried one by one; the rest of the batch is put aside untried, for a next turn."""
 
@@ -147,7 +150,7 @@ class Flusher:
             flushed.add(self._flush(worker, batch[middle:], around=around, resubmitted=resubmitted))
             return flushed
         (commit,) = batch
-        if commit.error is not None and error.sqlstate in TEXT_REFUSED and commit.error != in_ascii(commit.error):
+        if commit.error is not None and error.sqlstate in _TEXT_REFUSED and commit.error != in_ascii(commit.error):
             commit.error = in_ascii(commit.error)
             return self._flush(worker, batch, around=around, resubmitted=resubmitted)
         log.error(

@@ -230,6 +230,11 @@ class Cancelled(NamedTuple):
     running: bool = False
     itself: bool = True
 
+    def also(self, other: Cancelled) -> Cancelled:
+        """Return what this cancel and another of the same tree did together."""
+        woken = Counter(self.woken) + Counter(other.woken)
+        return Cancelled(self.found or other.found, woken, self.running or other.running, self.itself or other.itself)
+
 
 def cancel(
     instance_id: int, reason: str, cascade: bool = False, terminate: bool = False, mark: int | None = None
@@ -269,6 +274,19 @@ def mark_cascade(instance_id: int, reason: str, terminate: bool) -> Operation[in
     error = Jsonb({"type": "Cancelled", "message": reason})
     rows = yield "mark_cascade", {"id": instance_id, "terminate": terminate, "error": error}
     return int(rows[0][0])
+
+
+def begin_cascade(instance_id: int, reason: str, terminate: bool) -> Operation[tuple[int, Cancelled]]:
+    """Mark the tree of an instance and cancel its root. Needs a transaction.
+
+    From the mark on, outcomes of the tree cancel themselves. Their ends could let the root end `done` before the walk
+    reaches it, so the root is cancelled with the mark.
+
+    Returns:
+        The mark, for `cancel`, and what became of the root.
+    """
+    mark = yield from mark_cascade(instance_id, reason, terminate)
+    return mark, (yield from cancel(instance_id, reason, False, terminate))
 
 
 def finish_cascade(age: float) -> Operation[Cancelled | None]:

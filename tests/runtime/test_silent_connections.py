@@ -62,7 +62,8 @@ def test_worker_replaces_silent_connections(
     assert one.delay().get(timeout=20) == 1
     wait_until(lambda: leases(connection, app, "worker") == 2, what="both leases")
     before = worker.children()
-    assert counting_proxy.silence() >= 4  # two processes, an agent and its listener
+    wait_until(lambda: counting_proxy.open >= 4, what="two processes, an agent and its listener")
+    counting_proxy.silence()
     results = [one.delay() for _ in range(4)]
     assert [result.get(timeout=40) for result in results] == [1] * 4
     assert worker.children() == before
