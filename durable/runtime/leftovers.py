@@ -1,7 +1,8 @@
 """Signal handlers and alarms that a step leaves behind: they are taken back before the next step begins.
 
 Handlers and the alarm belong to the whole process. In a process of one slot, a step has them for itself while it runs.
-Looking whether it changed anything costs less than half a microsecond.
+Looking whether it changed anything costs two microseconds between other work, a seventh of a no-op job. So steps that
+follow each other within a millisecond are looked at together, and always before the process waits for more.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import _signal  # type: ignore[import-not-found]
 import logging
 import signal
 import threading
+import time
 from typing import Any
 
 from durable import forks
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY = 0.001
+"""Seconds within which the steps that follow each other are looked at together."""
 MOST_RINGS = 100
 """How often handlers that were left behind may interrupt their own removal."""
 WATCHED = tuple(
@@ -40,6 +44,14 @@ class Leftovers:
         self.main = threading.get_ident()
         self._numbers = (*WATCHED, also)
         self._handlers = list(map(_getsignal, self._numbers))
+        self._looked_at = 0.0
+
+    def after_step(self) -> None:
+        """`take_back` after a step that another may follow at once: the caller takes back before it waits."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_EVERY:
+            self._looked_at = now
+            self.take_back()
 
     def take_back(self) -> None:
         """Undo what a step has changed, if anything. Never raises; in the main thread."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from durable import forks
 from durable.instance import Claimed
-from durable.runtime import reporting
+from durable.runtime import reporting, soft_limit
 from durable.runtime.backoff import Backoff
 from durable.runtime.buffer import Buffer, Outbox
 from durable.runtime.executor import Executor
@@ -62,7 +62,8 @@ class Slot:
     def run(self) -> None:
         """Run steps until the buffer is closed."""
         self._executor.take_variables()
-        take, step, seat, outbox = self._buffer.take, self.step, self._seat, self._outbox
+        buffer, step, seat, outbox = self._buffer, self.step, self._seat, self._outbox
+        take = buffer.take
         clock, enter = time.monotonic, self._enter
         while (claimed := take()) is not None:
             started = clock()
@@ -73,6 +74,8 @@ class Slot:
             commit = step(claimed)
             if forks.strayed:
                 forks.end()  # the rest of this loop is the parent's
+            if not buffer:
+                soft_limit.take_back()  # an alarm must not ring while this thread waits
             self.running = False
             if commit is not None:
                 outbox.hand_over(commit)

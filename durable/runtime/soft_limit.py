@@ -155,7 +155,7 @@ def within(seconds: float | None, coroutines: CoroutineRunner, is_async: bool, c
         raise
     finally:
         if _leftovers is not None:
-            _leftovers.take_back()
+            _leftovers.after_step()
     if forks.strayed:
         forks.end()
     return value
